@@ -1,0 +1,67 @@
+//! Takes requests from the queue, as many at once as have arrived.
+
+use futures_util::{FutureExt, StreamExt};
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{Channel, Connection};
+
+use super::acknowledger::Acknowledger;
+use super::delivery::Delivery;
+use super::topology::Names;
+use super::{ANSWER_LIMIT, BrokerError, within};
+
+/// A consumer of the request queue.
+pub struct Consumer {
+    channel: Channel,
+    stream: lapin::Consumer,
+}
+
+impl Consumer {
+    /// Starts consuming: never more than `prefetch` deliveries are unacknowledged.
+    pub(super) async fn open(connection: &Connection, names: &Names, prefetch: u16) -> Result<Self, BrokerError> {
+        let channel = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
+        // Before the consumer: what is delivered without a prefetch is delivered without a bound.
+        within(ANSWER_LIMIT, "basic.qos", channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
+        let consumed = channel.basic_consume(
+            names.queue.clone(),
+            ShortString::default(),
+            BasicConsumeOptions::default(),
+            FieldTable::default(),
+        );
+        let stream = within(ANSWER_LIMIT, format!("consume queue {}", names.queue), consumed).await?;
+        Ok(Self { channel, stream })
+    }
+
+    /// What acknowledges the deliveries of this consumer.
+    pub(super) fn acknowledger(&self) -> Acknowledger {
+        Acknowledger::new(self.channel.clone())
+    }
+
+    /// Waits for a delivery, and takes with it all that have arrived by then, `limit` at most. A lone request is
+    /// handed out at once. `None` after [`Consumer::cancel`], once everything that had been delivered is handed out.
+    ///
+    /// Nothing is lost if the future is dropped while it waits.
+    pub async fn next_batch(&mut self, limit: usize) -> Result<Option<Vec<Delivery>>, BrokerError> {
+        let Some(first) = self.stream.next().await else { return Ok(None) };
+        let mut batch = vec![Delivery::from(first.map_err(consuming)?)];
+        while batch.len() < limit {
+            match self.stream.next().now_or_never() {
+                Some(Some(Ok(delivery))) => batch.push(delivery.into()),
+                Some(Some(Err(error))) => return Err(consuming(error)),
+                // The end of the stream is met again by the next call.
+                Some(None) | None => break,
+            }
+        }
+        Ok(Some(batch))
+    }
+
+    /// Asks the broker for no more deliveries.
+    pub async fn cancel(&self) -> Result<(), BrokerError> {
+        let cancelled = self.channel.basic_cancel(self.stream.tag(), BasicCancelOptions::default());
+        within(ANSWER_LIMIT, "basic.cancel", cancelled).await
+    }
+}
+
+fn consuming(error: lapin::Error) -> BrokerError {
+    BrokerError::new("consume", error)
+}

@@ -1,0 +1,93 @@
+//! A request as it came: lapin's delivery, seen as a [`Message`].
+
+use std::borrow::Cow;
+
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+use super::frame_guard::UNREADABLE;
+use crate::request::{Header, Message};
+
+/// An unsettled request. What becomes of it is decided elsewhere; what settles it consumes it.
+#[derive(Debug)]
+pub struct Delivery(lapin::message::Delivery);
+
+/// The `delivery_mode` of a message that outlives a restart of the broker.
+pub(super) const PERSISTENT: u8 = 2;
+
+impl From<lapin::message::Delivery> for Delivery {
+    fn from(delivery: lapin::message::Delivery) -> Self {
+        Self(delivery)
+    }
+}
+
+impl Delivery {
+    /// The message, borrowed from the delivery.
+    pub fn message(&self) -> Message<'_> {
+        let properties = self.properties();
+        Message {
+            body: &self.0.data,
+            content_type: properties.content_type().as_ref().map(ShortString::as_str),
+            content_encoding: properties.content_encoding().as_ref().map(ShortString::as_str),
+            reply_to: given(properties.reply_to()).map(ShortString::as_str),
+            correlation_id: given(properties.correlation_id()).map(ShortString::as_str),
+            message_id: given(properties.message_id()).map(ShortString::as_str),
+            contact_center_id: self.header("ContactCenterId"),
+            group_id: self.header("GroupId"),
+            unreadable_properties: self.headers().and_then(|headers| match headers.inner().get(UNREADABLE) {
+                Some(AMQPValue::LongString(reason)) => std::str::from_utf8(reason.as_bytes()).ok(),
+                _ => None,
+            }),
+        }
+    }
+
+    /// Its number on its channel, by which it is acknowledged.
+    pub fn tag(&self) -> u64 {
+        self.0.delivery_tag
+    }
+
+    pub(super) fn body(&self) -> &[u8] {
+        &self.0.data
+    }
+
+    pub(super) fn properties(&self) -> &BasicProperties {
+        &self.0.properties
+    }
+
+    pub(super) fn reply_to(&self) -> Option<&ShortString> {
+        given(self.properties().reply_to())
+    }
+
+    pub(super) fn is_persistent(&self) -> bool {
+        *self.properties().delivery_mode() == Some(PERSISTENT)
+    }
+
+    pub(super) fn headers(&self) -> Option<&FieldTable> {
+        self.properties().headers().as_ref()
+    }
+
+    fn header(&self, name: &str) -> Header<'_> {
+        let value = self.headers().and_then(|headers| headers.inner().get(name));
+        let number = |number: i64| Header::Text(Cow::Owned(number.to_string()));
+        match value {
+            None | Some(AMQPValue::Void) => Header::Absent,
+            Some(AMQPValue::LongString(text)) => match std::str::from_utf8(text.as_bytes()) {
+                Ok(text) => Header::Text(Cow::Borrowed(text)),
+                Err(_) => Header::NotText,
+            },
+            Some(AMQPValue::ShortShortInt(value)) => number((*value).into()),
+            Some(AMQPValue::ShortShortUInt(value)) => number((*value).into()),
+            Some(AMQPValue::ShortInt(value)) => number((*value).into()),
+            Some(AMQPValue::ShortUInt(value)) => number((*value).into()),
+            Some(AMQPValue::LongInt(value)) => number((*value).into()),
+            Some(AMQPValue::LongUInt(value)) => number((*value).into()),
+            Some(AMQPValue::LongLongInt(value)) => number(*value),
+            Some(_) => Header::NotText,
+        }
+    }
+}
+
+/// Some clients send a property they do not mean as an empty one.
+fn given(property: &Option<ShortString>) -> Option<&ShortString> {
+    property.as_ref().filter(|text| !text.as_str().is_empty())
+}

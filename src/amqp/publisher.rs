@@ -1,0 +1,157 @@
+//! Publishes replies and dead letters, and tells what the broker made of each.
+//!
+//! Two channels with confirms on: lapin hands a returned message to whichever confirm comes next on the same channel,
+//! so a reply that nobody took must not look like a dead letter that nobody took. One task publishes, since lapin
+//! numbers confirms and queues frames under two locks.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use futures_util::FutureExt;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation, Connection};
+
+use super::delivery::Delivery;
+use super::topology::Names;
+use super::{ANSWER_LIMIT, BrokerError, within};
+use crate::reply::{Refusal, Reply};
+
+/// Headers that a reply takes over from its request: the trace goes on (W3C Trace Context).
+const CARRIED_ON: [&str; 2] = ["traceparent", "tracestate"];
+/// Headers by which a publisher makes the broker deliver to more queues: a copy for the dead letters must not.
+const SENDER_SELECTED: [&str; 2] = ["CC", "BCC"];
+
+/// Publishes on one connection.
+pub struct Publisher {
+    replies: Channel,
+    dead_letters: Channel,
+    dead_letter_exchange: ShortString,
+}
+
+/// What the broker made of a published message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is in a queue, as safe as that queue is.
+    Confirmed,
+    /// No queue is there to take it.
+    Returned,
+    /// A queue is there and does not take it.
+    Nacked,
+}
+
+/// A publication under way: its frames are queued for sending; it ends with the broker's word.
+pub struct Publication(Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>);
+
+impl Publication {
+    /// Waits for the broker's word. The caller sets the limit.
+    pub async fn fate(self) -> Result<Fate, BrokerError> {
+        match self.0.await {
+            Ok(Confirmation::Ack(None) | Confirmation::NotRequested) => Ok(Fate::Confirmed),
+            Ok(Confirmation::Ack(Some(_))) => Ok(Fate::Returned),
+            Ok(Confirmation::Nack(_)) => Ok(Fate::Nacked),
+            Err(error) => Err(BrokerError::new("publish", error)),
+        }
+    }
+}
+
+impl Publisher {
+    /// Opens the channels.
+    pub(super) async fn open(connection: &Connection, names: &Names) -> Result<Self, BrokerError> {
+        Ok(Self {
+            replies: confirming_channel(connection).await?,
+            dead_letters: confirming_channel(connection).await?,
+            dead_letter_exchange: names.dead_letter_exchange.clone(),
+        })
+    }
+
+    /// Sends `reply` to the reply address of `request`; `None` if it has none.
+    pub fn reply(&self, request: &Delivery, reply: Reply) -> Option<Publication> {
+        let address = request.reply_to()?.clone();
+        let mut headers = FieldTable::default();
+        headers.insert("status".into(), AMQPValue::LongInt(reply.status.into()));
+        if let Some(location) = reply.location {
+            headers.insert("location".into(), AMQPValue::LongString(location.into()));
+        }
+        for name in CARRIED_ON {
+            if let Some(value @ AMQPValue::LongString(_)) = request.headers().and_then(|h| h.inner().get(name)) {
+                headers.insert(name.into(), value.clone());
+            }
+        }
+        let mut properties =
+            BasicProperties::default().with_content_type("application/json".into()).with_headers(headers);
+        if let Some(correlation_id) = request.properties().correlation_id() {
+            properties = properties.with_correlation_id(correlation_id.clone());
+        }
+        if request.is_persistent() {
+            properties = properties.with_delivery_mode(super::delivery::PERSISTENT);
+        }
+        Some(publish(&self.replies, ShortString::default(), address, reply.body.into_bytes(), properties))
+    }
+
+    /// Sends a copy of `request` to the dead letters, with the reason in its headers.
+    pub fn dead_letter(&self, request: &Delivery, refusal: &Refusal) -> Publication {
+        let mut headers = FieldTable::default();
+        for (name, value) in request.headers().into_iter().flat_map(FieldTable::inner) {
+            if !SENDER_SELECTED.contains(&name.as_str()) {
+                headers.insert(name.clone(), value.clone());
+            }
+        }
+        headers.insert("x-refusal-status".into(), AMQPValue::LongInt(refusal.exception.status().into()));
+        headers.insert("x-refusal-message".into(), AMQPValue::LongString(refusal.message.as_str().into()));
+        let properties = dead_letter_properties(request.properties()).with_headers(headers);
+        let body = request.body().to_vec();
+        publish(&self.dead_letters, self.dead_letter_exchange.clone(), ShortString::default(), body, properties)
+    }
+}
+
+/// The properties of a request that its copy keeps. Not its expiration: a dead letter waits for a person. Not its
+/// `user_id`: the broker closes the channel of a publisher that names another user than its own.
+fn dead_letter_properties(of: &BasicProperties) -> BasicProperties {
+    let mut properties = BasicProperties::default().with_delivery_mode(super::delivery::PERSISTENT);
+    macro_rules! keep {
+        ($($property:ident, $with:ident;)*) => {
+            $(if let Some(value) = of.$property() {
+                properties = properties.$with(value.clone());
+            })*
+        };
+    }
+    keep! {
+        content_type, with_content_type;
+        content_encoding, with_content_encoding;
+        priority, with_priority;
+        correlation_id, with_correlation_id;
+        reply_to, with_reply_to;
+        message_id, with_message_id;
+        timestamp, with_timestamp;
+        kind, with_type;
+        app_id, with_app_id;
+        cluster_id, with_cluster_id;
+    }
+    properties
+}
+
+async fn confirming_channel(connection: &Connection) -> Result<Channel, BrokerError> {
+    let channel = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
+    within(ANSWER_LIMIT, "confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+    Ok(channel)
+}
+
+/// Starts a publication: polled once, its frames are with lapin, in the order of the calls. Many started before one
+/// is waited for travel together; one at a time would pay for a thread hop each.
+fn publish(
+    channel: &Channel,
+    exchange: ShortString,
+    routing_key: ShortString,
+    body: Vec<u8>,
+    properties: BasicProperties,
+) -> Publication {
+    let channel = channel.clone();
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    let mut publication: Pin<Box<dyn Future<Output = _> + Send>> =
+        Box::pin(async move { channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await });
+    if let Some(ended) = (&mut publication).now_or_never() {
+        publication = Box::pin(std::future::ready(ended));
+    }
+    Publication(publication)
+}

@@ -1,0 +1,229 @@
+//! The queues: declared, or checked, in one place.
+//!
+//! ```text
+//! producers ──▶ composite.start ──▶ worker ──▶ reply_to
+//!                     │ returned too often          │ refused, and nobody to tell
+//!                     ▼                             ▼
+//!              composite.start.dlx (fanout) ──▶ composite.start.dead
+//! ```
+
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::protocol::AMQPSoftError;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, Connection, ExchangeKind};
+
+use super::{ANSWER_LIMIT, BrokerError, within};
+use crate::settings::{Amqp as Settings, QueueType};
+
+/// The names that follow from `amqp.queue`.
+#[derive(Debug, Clone)]
+pub struct Names {
+    /// The request queue.
+    pub queue: ShortString,
+    /// Where dead letters are published.
+    pub dead_letter_exchange: ShortString,
+    /// Where they wait for a person.
+    pub dead_letter_queue: ShortString,
+}
+
+impl Names {
+    /// `queue`, `<queue>.dlx` and `<queue>.dead`; settings keep them within 255 bytes.
+    pub fn new(queue: &str) -> Self {
+        let name = |suffix: &str| {
+            ShortString::try_new(format!("{queue}{suffix}")).expect("settings limit the length of amqp.queue")
+        };
+        Self { queue: name(""), dead_letter_exchange: name(".dlx"), dead_letter_queue: name(".dead") }
+    }
+}
+
+/// Why the queues are not as they must be.
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyError {
+    /// They exist with other arguments, or do not exist though they should: nothing that waiting mends.
+    #[error("{0}")]
+    Unusable(String),
+    /// The broker did not answer as it should.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+}
+
+/// Declares the queues, or with `amqp.declare = false` checks that they exist.
+pub(super) async fn establish(connection: &Connection, settings: &Settings) -> Result<(), TopologyError> {
+    let mode = if settings.declare { Mode::Declare } else { Mode::CheckThatItExists };
+    let channel = open_channel(connection).await?;
+    let topology = Topology { channel: &channel, settings, names: &Names::new(&settings.queue) };
+    for part in PARTS {
+        topology.put(part, mode).await.map_err(|error| topology.explain(part, error))?;
+    }
+    if settings.declare {
+        topology.bind().await?;
+    }
+    Ok(within(ANSWER_LIMIT, "close a channel", channel.close(200, "OK".into())).await?)
+}
+
+/// Tells what [`establish`] would object to, and changes nothing: what exists is declared as it should be, which the
+/// broker takes for a comparison.
+pub(super) async fn examine(connection: &Connection, settings: &Settings) -> Result<(), TopologyError> {
+    let names = Names::new(&settings.queue);
+    for part in PARTS {
+        // The broker closes a channel to say that something does not exist: one for each part.
+        let channel = open_channel(connection).await?;
+        let topology = Topology { channel: &channel, settings, names: &names };
+        let examined = match topology.put(part, Mode::CheckThatItExists).await {
+            Err(error) if settings.declare && error.is_not_found() => continue,
+            Ok(()) if settings.declare => topology.put(part, Mode::Declare).await,
+            examined => examined,
+        };
+        examined.map_err(|error| topology.explain(part, error))?;
+    }
+    Ok(())
+}
+
+async fn open_channel(connection: &Connection) -> Result<Channel, BrokerError> {
+    within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await
+}
+
+/// What there is to declare, in this order: the request queue last, so that it never lacks its dead letters.
+const PARTS: [Part; 3] = [Part::DeadLetterExchange, Part::DeadLetterQueue, Part::RequestQueue];
+
+#[derive(Clone, Copy)]
+enum Part {
+    DeadLetterExchange,
+    DeadLetterQueue,
+    RequestQueue,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Declare,
+    CheckThatItExists,
+}
+
+struct Topology<'a> {
+    channel: &'a Channel,
+    settings: &'a Settings,
+    names: &'a Names,
+}
+
+impl Topology<'_> {
+    async fn put(&self, part: Part, mode: Mode) -> Result<(), BrokerError> {
+        match part {
+            Part::DeadLetterExchange => self.put_exchange(&self.names.dead_letter_exchange, mode).await,
+            Part::DeadLetterQueue => self.put_queue(&self.names.dead_letter_queue, self.type_argument(), mode).await,
+            Part::RequestQueue => self.put_queue(&self.names.queue, self.request_arguments(), mode).await,
+        }
+    }
+
+    async fn put_exchange(&self, name: &ShortString, mode: Mode) -> Result<(), BrokerError> {
+        let declared = self.channel.exchange_declare(
+            name.clone(),
+            ExchangeKind::Fanout,
+            ExchangeDeclareOptions { durable: true, passive: mode == Mode::CheckThatItExists, ..Default::default() },
+            FieldTable::default(),
+        );
+        within(ANSWER_LIMIT, format!("declare exchange {name}"), declared).await
+    }
+
+    async fn put_queue(&self, name: &ShortString, arguments: FieldTable, mode: Mode) -> Result<(), BrokerError> {
+        let declared = self.channel.queue_declare(
+            name.clone(),
+            QueueDeclareOptions { durable: true, passive: mode == Mode::CheckThatItExists, ..Default::default() },
+            arguments,
+        );
+        within(ANSWER_LIMIT, format!("declare queue {name}"), declared).await.map(drop)
+    }
+
+    async fn bind(&self) -> Result<(), BrokerError> {
+        let Names { dead_letter_exchange, dead_letter_queue, .. } = self.names;
+        let bound = self.channel.queue_bind(
+            dead_letter_queue.clone(),
+            dead_letter_exchange.clone(),
+            ShortString::default(),
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        );
+        within(ANSWER_LIMIT, format!("bind queue {dead_letter_queue}"), bound).await
+    }
+
+    /// A message that comes back too often is given up to the dead letters. Quorum queues hand it over safely
+    /// (at-least-once), for which they must refuse new messages rather than drop old ones when a limit is reached.
+    fn request_arguments(&self) -> FieldTable {
+        let mut arguments = self.type_argument();
+        let text = |text: &str| AMQPValue::LongString(text.into());
+        arguments.insert("x-dead-letter-exchange".into(), text(self.names.dead_letter_exchange.as_str()));
+        if self.settings.queue_type == QueueType::Quorum {
+            arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(self.settings.delivery_limit.into()));
+            arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+            arguments.insert("x-overflow".into(), text("reject-publish"));
+        }
+        arguments
+    }
+
+    fn type_argument(&self) -> FieldTable {
+        let queue_type = match self.settings.queue_type {
+            QueueType::Quorum => "quorum",
+            QueueType::Classic => "classic",
+        };
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.into()));
+        arguments
+    }
+
+    /// Turns the broker's objection to a declaration into one line that says what to do.
+    fn explain(&self, part: Part, error: BrokerError) -> TopologyError {
+        let (what, name) = match part {
+            Part::DeadLetterExchange => ("exchange", &self.names.dead_letter_exchange),
+            Part::DeadLetterQueue => ("queue", &self.names.dead_letter_queue),
+            Part::RequestQueue => ("queue", &self.names.queue),
+        };
+        let Some((kind, text)) = error.objection() else { return error.into() };
+        TopologyError::Unusable(match kind {
+            AMQPSoftError::NOTFOUND if !self.settings.declare => {
+                format!(
+                    "{what} {name} does not exist and amqp.declare is false: declare it, or set amqp.declare = true"
+                )
+            }
+            AMQPSoftError::PRECONDITIONFAILED => inequivalent(what, name, text),
+            AMQPSoftError::ACCESSREFUSED => format!(
+                "{what} {name}: the broker's user may not declare it: \
+                 grant configure, write and read on it, or declare it yourself and set amqp.declare = false"
+            ),
+            _ => return error.into(),
+        })
+    }
+}
+
+/// `PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received … but current is …`
+fn inequivalent(what: &str, name: &ShortString, text: &str) -> String {
+    let quoted = text.split('\'').nth(1);
+    let values = text.split_once("': received ").map(|(_, values)| values);
+    let (Some(argument), Some(values)) = (quoted, values) else {
+        return format!("{what} {name} exists in another form: {text}");
+    };
+    let advice = match argument {
+        "x-queue-type" => "set amqp.queue_type to what it is, or delete the queue when it is empty",
+        "x-delivery-limit" => "set amqp.delivery_limit to what it is, or delete the queue when it is empty",
+        _ => "delete it when it is empty, or set amqp.declare = false to use it as it is",
+    };
+    format!(
+        "{what} {name} exists with another {argument}: wanted {}: {advice}",
+        values.replace(" but current is ", ", it is ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_objection_names_the_argument_what_it_is_and_what_to_do() {
+        let text = "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received the value 'quorum' of type 'longstr' but current is none";
+        assert_eq!(
+            inequivalent("queue", &"q".into(), text),
+            "queue q exists with another x-queue-type: wanted the value 'quorum' of type 'longstr', it is none: \
+             set amqp.queue_type to what it is, or delete the queue when it is empty"
+        );
+        let odd = inequivalent("exchange", &"q".into(), "PRECONDITION_FAILED - for another reason");
+        assert_eq!(odd, "exchange q exists in another form: PRECONDITION_FAILED - for another reason");
+    }
+}

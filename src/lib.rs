@@ -1,0 +1,32 @@
+//! `composite-start`: find or create a customer's Service, State and Task, asked by message, answered by message.
+//!
+//! ```text
+//! RabbitMQ ──▶ amqp::consumer ──▶ request ──▶ store ──▶ reply ──▶ amqp::publisher ──▶ RabbitMQ
+//!                  ▲              (refuse)      │                       │ confirmed
+//!                  │                          Redis                     ▼
+//!                  └────────────────────────────────────── amqp::acknowledger
+//! ```
+//!
+//! In reading order:
+//!
+//! - [`request`]: bytes → a checked request, or a refusal that names the culprit;
+//! - [`identity`]: whose service it is, where it lives, which request this is;
+//! - [`store`]: one script call an entry, atomic, safe to repeat;
+//! - [`reply`]: replies and refusals as they travel;
+//! - [`worker`]: a batch from delivery to settled, the page to read first;
+//! - [`session`]: connect, work, back off, again;
+//! - [`amqp`]: everything that knows RabbitMQ, and nothing that decides;
+//! - [`settings`], [`retry`], [`telemetry`], [`command`]: what a program needs besides.
+
+pub mod amqp;
+mod clock;
+pub mod command;
+pub mod identity;
+pub mod reply;
+pub mod request;
+pub mod retry;
+pub mod session;
+pub mod settings;
+pub mod store;
+pub mod telemetry;
+pub mod worker;

@@ -1,0 +1,129 @@
+//! The life of the process: arguments, settings, one command, exit code.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use composite_start::command::check::check;
+use composite_start::command::send::{SendArguments, SendError, Sent, send};
+use composite_start::settings::Settings;
+use composite_start::{session, telemetry};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Finds or creates a customer's Service, State and Task in one atomic step: requests from RabbitMQ, records in Redis
+#[derive(Parser)]
+#[command(version, about, arg_required_else_help = true)]
+struct Arguments {
+    /// Settings that differ from the defaults (TOML); COMPOSITE_START__AMQP__URL and the like override them
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Work until SIGTERM or SIGINT, then drain and exit 0
+    Worker,
+    /// Send one request and print the answer: exit 0 on status 200, 1 on a refusal, 3 on no answer
+    Send(SendArguments),
+    /// Try broker and store with the settings, and print the settings: exit 0, or 1 and the first thing that is wrong
+    Check,
+}
+
+/// Exit codes beside 0.
+const FAILED: u8 = 1;
+const WRONG_SETTINGS: u8 = 2;
+const NO_ANSWER: u8 = 3;
+/// What shells expect of a process that a signal ended.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let settings = match Settings::load(arguments.config.as_deref()) {
+        Ok(settings) => settings,
+        Err(error) => return fail(WRONG_SETTINGS, &error),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(FAILED, &error),
+    };
+    let code = runtime.block_on(async {
+        match arguments.command {
+            Command::Worker => worker(&settings).await,
+            Command::Send(arguments) => send_one(&settings, &arguments).await,
+            Command::Check => match check(&settings, &mut io::stdout()).await {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(FAILED, &error),
+            },
+        }
+    });
+    // Not waiting for what a stuck connection left behind.
+    runtime.shutdown_background();
+    code
+}
+
+async fn worker(settings: &Settings) -> ExitCode {
+    telemetry::init(&settings.log);
+    let (mut drain, mut impatient) = match (StopSignals::new(), StopSignals::new()) {
+        (Ok(drain), Ok(impatient)) => (drain, impatient),
+        (Err(error), _) | (_, Err(error)) => return fail(FAILED, &error),
+    };
+    // Both hear every signal: one acts on the first, the other on the second.
+    let impatient = async {
+        impatient.next().await;
+        impatient.next().await;
+    };
+    tokio::select! {
+        ended = session::run(settings, drain.next()) => match ended {
+            Ok(()) => {
+                tracing::info!("drained");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                tracing::error!("{error}");
+                ExitCode::from(FAILED)
+            }
+        },
+        () = impatient => {
+            tracing::warn!("a second signal: ended at once, the requests in hand go back to the queue");
+            ExitCode::from(INTERRUPTED)
+        }
+    }
+}
+
+async fn send_one(settings: &Settings, arguments: &SendArguments) -> ExitCode {
+    match send(settings, arguments, &mut io::stdout(), &mut io::stderr()).await {
+        Ok(Sent::Answered) => ExitCode::SUCCESS,
+        Ok(Sent::Refused) => ExitCode::from(FAILED),
+        Err(error @ (SendError::Broker(_) | SendError::Timeout(_))) => fail(NO_ANSWER, &error),
+        Err(error) => fail(WRONG_SETTINGS, &error),
+    }
+}
+
+/// SIGTERM and SIGINT, from the moment of its making on.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// One line on standard error.
+fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
+    // Nobody is left to tell if standard error is gone.
+    let _ = writeln!(io::stderr(), "composite-start: {error}");
+    ExitCode::from(code)
+}

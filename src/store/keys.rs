@@ -1,0 +1,34 @@
+//! Every key in Redis, one function each. Braces are the cluster hash tag: all keys of one service are in one slot.
+
+use crate::identity::Identity;
+
+/// The three keys of one service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys {
+    /// `cs:{b}:seq`, a string: how many ids the bucket has handed out.
+    pub sequence: String,
+    /// `cs:{b}:ids`, a hash: service id → identity of its tree.
+    pub ids: String,
+    /// `cs:{b}:tree:<identity>`, a hash: the active service with all its states and tasks.
+    pub tree: String,
+}
+
+impl Keys {
+    /// The keys of the service with this identity, under `prefix` (setting `redis.key_prefix`).
+    pub fn new(prefix: &str, identity: &Identity) -> Self {
+        let bucket = identity.bucket();
+        Self { sequence: sequence(prefix, bucket), ids: ids(prefix, bucket), tree: tree(prefix, bucket, identity) }
+    }
+}
+
+fn sequence(prefix: &str, bucket: u16) -> String {
+    format!("{prefix}:{{{bucket}}}:seq")
+}
+
+fn ids(prefix: &str, bucket: u16) -> String {
+    format!("{prefix}:{{{bucket}}}:ids")
+}
+
+fn tree(prefix: &str, bucket: u16, identity: &Identity) -> String {
+    format!("{prefix}:{{{bucket}}}:tree:{}", identity.as_str())
+}

@@ -1,0 +1,313 @@
+//! The store: services, states and tasks in Redis. The only folder that imports `redis`.
+//!
+//! What it guards: an entry is found or created in one script call, so that at most one active service exists per
+//! identity and at most one active state and task per type in it, whatever runs beside it and whatever dies. The call
+//! may be repeated at will: the same token gets the same answer.
+//!
+//! `keys` names the keys, `script` holds the script's text and arguments, `lua/find_or_create.lua` is the script.
+
+pub mod keys;
+pub mod script;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
+use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, Value};
+use tokio::time::timeout;
+
+use crate::settings::{OnFound, Redis as Settings, SecretUrl};
+use script::{Call, FIND_OR_CREATE, read_answer};
+
+/// To connect, log in and load the script.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// To answer one pipeline. A call that took longer may still run, and may be repeated.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// A dead peer is noticed by the kernel after this long, even where nothing is sent.
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// Calls in one pipeline, at most: so much is answered within the limit by the slowest server worth using.
+const PIPELINE_CALLS: usize = 512;
+/// Bytes in one pipeline, roughly at most, beyond its first call.
+const PIPELINE_BYTES: usize = 4 * 1024 * 1024;
+
+/// What was found or created for one entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// The service.
+    pub service: Object,
+    /// The state in it.
+    pub state: Object,
+    /// The task in it, if the entry has one.
+    pub task: Option<Object>,
+}
+
+/// One object of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Object {
+    /// Positive, below 2^53.
+    pub id: u64,
+    /// Whether this entry of this request created it, now or when it was sent before.
+    pub created: bool,
+}
+
+/// The store cannot be reached or cannot work at present: the world's fault. Nothing is lost by trying again.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unavailable(String);
+
+/// One entry failed for a reason that trying again does not change; its neighbours are not touched.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct EntryFailure(String);
+
+/// The store, and its connection while it has one.
+pub struct Store {
+    address: SecretUrl,
+    client: Client,
+    connection: Option<MultiplexedConnection>,
+    key_prefix: String,
+    on_found: OnFound,
+    script: redis::Script,
+}
+
+/// Whether `url` is one that the client takes.
+pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
+    connection_info(url).map(drop).map_err(|error| error.category().to_owned())
+}
+
+impl Store {
+    /// A store that is not yet connected.
+    ///
+    /// # Errors
+    /// An address that the client does not take; settings are checked for that before.
+    pub fn new(settings: &Settings, on_found: OnFound) -> Result<Self, Unavailable> {
+        let client = connection_info(&settings.url).and_then(Client::open);
+        Ok(Self {
+            client: client.map_err(|error| unavailable(&settings.url, &error))?,
+            address: settings.url.clone(),
+            connection: None,
+            key_prefix: settings.key_prefix.clone(),
+            on_found,
+            script: redis::Script::new(FIND_OR_CREATE),
+        })
+    }
+
+    /// Begins every key.
+    pub fn key_prefix(&self) -> &str {
+        &self.key_prefix
+    }
+
+    /// Connects anew, and loads the script: that the server is there, takes the login and may run it.
+    ///
+    /// # Errors
+    /// The store is [`Unavailable`], with its address and the cause.
+    pub async fn connect(&mut self) -> Result<(), Unavailable> {
+        self.connection = None;
+        // The client's own limits are off: there is one here, and it covers the login too.
+        let config = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
+        let connected = timeout(CONNECT_LIMIT, async {
+            let mut connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
+            self.script.load_async(&mut connection).await?;
+            Ok(connection)
+        });
+        let connection = connected.await.map_err(|_| self.silent(CONNECT_LIMIT))?;
+        self.connection = Some(connection.map_err(|error| unavailable(&self.address, &error))?);
+        Ok(())
+    }
+
+    /// Finds or creates what each call asks for: one result a call, in order.
+    ///
+    /// `calls` are those of a whole batch: `request` tells which request each belongs to, in order. Calls of one
+    /// request on one tree run one after the other; all others may run in any order.
+    ///
+    /// # Errors
+    /// The store is [`Unavailable`]. Some calls may have run: the whole may be repeated, and gets the same answers.
+    pub async fn find_or_create(
+        &mut self,
+        calls: &[(usize, Call<'_>)],
+        now: &str,
+    ) -> Result<Vec<Result<Found, EntryFailure>>, Unavailable> {
+        let mut results = vec![None; calls.len()];
+        for round in rounds(calls) {
+            for part in self.pipelines(&round, calls, now) {
+                for (index, value) in self.run(part, calls, now).await? {
+                    results[index] = Some(value);
+                }
+            }
+        }
+        Ok(results.into_iter().map(|result| result.expect("every call is in exactly one round")).collect())
+    }
+
+    /// Cuts one round into pipelines of bounded size.
+    fn pipelines(&self, round: &[usize], calls: &[(usize, Call<'_>)], now: &str) -> Vec<Part> {
+        let mut parts: Vec<Part> = Vec::new();
+        let mut bytes = 0;
+        for &index in round {
+            let command = calls[index].1.command("EVALSHA", self.script.get_hash(), self.on_found, now);
+            let command_bytes: usize = command.args_iter().map(|arg| argument_bytes(&arg)).sum();
+            let is_full = |part: &Part| part.indices.len() == PIPELINE_CALLS || bytes + command_bytes > PIPELINE_BYTES;
+            if parts.last().is_none_or(is_full) {
+                parts.push(Part::default());
+                bytes = 0;
+            }
+            bytes += command_bytes;
+            let part = parts.last_mut().expect("one was pushed above");
+            part.indices.push(index);
+            part.pipeline.add_command(command);
+        }
+        parts
+    }
+
+    /// Runs one pipeline, and again with the script's text what the server had forgotten the script for.
+    async fn run(
+        &mut self,
+        part: Part,
+        calls: &[(usize, Call<'_>)],
+        now: &str,
+    ) -> Result<Vec<(usize, Result<Found, EntryFailure>)>, Unavailable> {
+        let answers = self.send(&part.pipeline).await?;
+        let mut results = Vec::with_capacity(answers.len());
+        let mut forgotten = Part::default();
+        for (index, answer) in part.indices.into_iter().zip(&answers) {
+            match self.sort(answer)? {
+                Answer::Result(result) => results.push((index, result)),
+                Answer::ScriptForgotten => {
+                    forgotten.indices.push(index);
+                    forgotten.pipeline.add_command(calls[index].1.command("EVAL", FIND_OR_CREATE, self.on_found, now));
+                }
+            }
+        }
+        if !forgotten.indices.is_empty() {
+            let answers = self.send(&forgotten.pipeline).await?;
+            for (index, answer) in forgotten.indices.into_iter().zip(&answers) {
+                match self.sort(answer)? {
+                    Answer::Result(result) => results.push((index, result)),
+                    Answer::ScriptForgotten => return Err(self.strange("NOSCRIPT to an EVAL")),
+                }
+            }
+        }
+        Ok(results)
+    }
+
+    /// One round trip. A connection on which anything went wrong is dropped: the next call makes a new one.
+    async fn send(&mut self, pipeline: &Pipeline) -> Result<Vec<Value>, Unavailable> {
+        if self.connection.is_none() {
+            self.connect().await?;
+        }
+        let connection = self.connection.as_mut().expect("connected above");
+        let sent = timeout(ANSWER_LIMIT, connection.send_packed_commands(pipeline, 0, pipeline.len())).await;
+        let answers = match sent {
+            Ok(Ok(answers)) if answers.len() == pipeline.len() => return Ok(answers),
+            Ok(Ok(_)) => Err(self.strange("another number of answers than calls")),
+            Ok(Err(error)) => Err(unavailable(&self.address, &error)),
+            Err(_) => Err(self.silent(ANSWER_LIMIT)),
+        };
+        self.connection = None;
+        answers
+    }
+
+    /// The one place where an answer of the server becomes what happens next.
+    fn sort(&mut self, answer: &Value) -> Result<Answer, Unavailable> {
+        let Value::ServerError(error) = answer else {
+            let failure = || EntryFailure("the script gave an answer it never gives".to_owned());
+            return Ok(Answer::Result(read_answer(answer).ok_or_else(failure)));
+        };
+        match error.code() {
+            "NOSCRIPT" => Ok(Answer::ScriptForgotten),
+            code if is_the_worlds_fault(code) => {
+                self.connection = None;
+                Err(self.strange(&format!("{code} {}", error.details().unwrap_or_default())))
+            }
+            code => Ok(Answer::Result(Err(EntryFailure(format!("{code} {}", error.details().unwrap_or_default()))))),
+        }
+    }
+
+    fn silent(&self, limit: Duration) -> Unavailable {
+        Unavailable(format!("{}: no answer in {} s", self.address, limit.as_secs()))
+    }
+
+    fn strange(&self, what: &str) -> Unavailable {
+        Unavailable(format!("{}: {}", self.address, what.trim_end()))
+    }
+}
+
+/// A pipeline, and which calls are in it.
+#[derive(Default)]
+struct Part {
+    indices: Vec<usize>,
+    pipeline: Pipeline,
+}
+
+enum Answer {
+    Result(Result<Found, EntryFailure>),
+    ScriptForgotten,
+}
+
+/// Orders calls into rounds, each sent when the one before is answered: the n-th call of a request on one tree is in
+/// round n. Within a pipeline order is not safe: where the server forgets the script half way and another worker
+/// brings it back, a later call runs before an earlier one is repeated.
+fn rounds(calls: &[(usize, Call<'_>)]) -> Vec<Vec<usize>> {
+    let mut rounds: Vec<Vec<usize>> = vec![Vec::with_capacity(calls.len())];
+    let mut index = 0;
+    for request in calls.chunk_by(|(one, _), (other, _)| one == other) {
+        let mut earlier: HashMap<&str, usize> = HashMap::new();
+        for (_, call) in request {
+            let mut round = 0;
+            if request.len() > 1 {
+                let on_this_tree = earlier.entry(call.tree()).or_default();
+                round = *on_this_tree;
+                *on_this_tree += 1;
+            }
+            if round == rounds.len() {
+                rounds.push(Vec::new());
+            }
+            rounds[round].push(index);
+            index += 1;
+        }
+    }
+    rounds
+}
+
+/// Errors that say the server cannot work now or not for us, whatever we ask: waiting, or an operator, mends them.
+fn is_the_worlds_fault(code: &str) -> bool {
+    matches!(
+        code,
+        "LOADING"
+            | "READONLY"
+            | "MASTERDOWN"
+            | "CLUSTERDOWN"
+            | "TRYAGAIN"
+            | "MOVED"
+            | "ASK"
+            | "BUSY"
+            | "OOM"
+            | "MISCONF"
+            | "NOREPLICAS"
+            | "NOAUTH"
+            | "NOPERM"
+            | "WRONGPASS"
+            | "UNKILLABLE"
+    )
+}
+
+/// Size of an argument as it is sent, roughly.
+fn argument_bytes(argument: &redis::Arg<&[u8]>) -> usize {
+    /// `$1234\r\n` and `\r\n`
+    const FRAME_BYTES: usize = 9;
+    let redis::Arg::Simple(bytes) = argument else { return FRAME_BYTES };
+    FRAME_BYTES + bytes.len()
+}
+
+/// RESP3, so that the end of a connection is noticed while nothing is asked; no delay before small writes.
+fn connection_info(url: &SecretUrl) -> redis::RedisResult<ConnectionInfo> {
+    let info = url.expose().into_connection_info()?;
+    let tcp = TcpSettings::default().set_nodelay(true).set_user_timeout(SILENCE_LIMIT);
+    let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+    Ok(info.set_tcp_settings(tcp).set_redis_settings(redis))
+}
+
+fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
+    let text = error.to_string();
+    Unavailable(format!("{address}: {}", text.lines().next().unwrap_or_default()))
+}

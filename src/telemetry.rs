@@ -1,0 +1,20 @@
+//! Logs, on standard error.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::settings::{Log, LogFormat};
+
+/// Sets the logs up for the whole process; a second call changes nothing.
+pub fn init(settings: &Log) {
+    let filter = EnvFilter::try_new(&settings.filter).unwrap_or_default();
+    let is_terminal = std::io::stderr().is_terminal();
+    let is_text = match settings.format {
+        LogFormat::Text => true,
+        LogFormat::Json => false,
+        LogFormat::Auto => is_terminal,
+    };
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(is_terminal);
+    let _ = if is_text { logs.try_init() } else { logs.json().flatten_event(true).try_init() };
+}

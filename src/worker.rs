@@ -1,0 +1,347 @@
+//! A batch of requests from delivery to settled.
+//!
+//! ```text
+//! answer:  next batch ─▶ parse, refuse ─▶ store ─▶ endings ─▶ start publishing ─┐
+//!             ▲                                                                │ in order, at most `prefetch`
+//!             └───────────── the next batch, meanwhile                         ▼
+//! settle:                     acknowledge, many at once ◀─ wait for the broker's confirms
+//! ```
+//!
+//! What it guards: a request is acknowledged only after its reply, or the dead letter it became, is confirmed by the
+//! broker. Whatever goes wrong in between ends the session, and the broker hands the request out again.
+
+use std::collections::hash_map::RandomState;
+use std::future::Future;
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+use tracing::{error, info, warn};
+
+use crate::amqp::acknowledger::Acknowledger;
+use crate::amqp::consumer::Consumer;
+use crate::amqp::delivery::Delivery;
+use crate::amqp::publisher::{Fate, Publication, Publisher};
+use crate::amqp::{BrokerError, Endpoints};
+use crate::clock;
+use crate::identity::{RequestDigest, RequestName};
+use crate::reply::{Refusal, Reply};
+use crate::request::Request;
+use crate::retry::Delays;
+use crate::settings::Settings;
+use crate::store::script::Call;
+use crate::store::{EntryFailure, Found, Store, Unavailable};
+
+/// For the broker to confirm what was published.
+const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why a worker stopped although nobody asked it to.
+#[derive(Debug, thiserror::Error)]
+pub enum Stopped {
+    /// The broker, or the connection to it.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    /// The store was away for longer than requests are held.
+    #[error("{cause}, for more than {held_seconds} s; the requests in hand go back to the queue")]
+    StoreAway {
+        /// What it last said.
+        cause: Unavailable,
+        /// `worker.hold_seconds`
+        held_seconds: u64,
+    },
+}
+
+/// Works until it is told to stop and everything in hand is settled.
+pub struct Worker<'a> {
+    settings: &'a Settings,
+    store: &'a mut Store,
+    consumer: Consumer,
+    publisher: Publisher,
+    acknowledger: Acknowledger,
+    in_hand: &'a AtomicUsize,
+}
+
+impl<'a> Worker<'a> {
+    /// A worker on `endpoints`; `in_hand` counts the requests it has taken and not settled.
+    pub fn new(settings: &'a Settings, store: &'a mut Store, endpoints: Endpoints, in_hand: &'a AtomicUsize) -> Self {
+        let Endpoints { consumer, publisher, acknowledger } = endpoints;
+        Self { settings, store, consumer, publisher, acknowledger, in_hand }
+    }
+
+    /// Works. When `stop` turns true, takes no more requests and returns once those in hand are settled.
+    ///
+    /// # Errors
+    /// Why it [`Stopped`]; what was not settled goes back to the queue with the connection.
+    pub async fn work(self, stop: watch::Receiver<bool>) -> Result<(), Stopped> {
+        let Self { settings, store, consumer, publisher, acknowledger, in_hand } = self;
+        let (published, to_settle) = mpsc::channel(settings.amqp.prefetch.into());
+        let answering = Answering { settings, store, publisher, in_hand, numbers: FreshNumbers::new() };
+        let settling = Settling { acknowledger, in_hand };
+        tokio::try_join!(answering.answer_all(consumer, published, stop), settling.settle_all(to_settle))?;
+        Ok(())
+    }
+}
+
+/// The first half of a request's way: from delivery to published.
+struct Answering<'a> {
+    settings: &'a Settings,
+    store: &'a mut Store,
+    publisher: Publisher,
+    in_hand: &'a AtomicUsize,
+    numbers: FreshNumbers,
+}
+
+impl Answering<'_> {
+    async fn answer_all(
+        mut self,
+        mut consumer: Consumer,
+        published: mpsc::Sender<Vec<Published>>,
+        mut stop: watch::Receiver<bool>,
+    ) -> Result<(), Stopped> {
+        let mut stopping = false;
+        loop {
+            let batch = tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop), if !stopping => {
+                    stopping = true;
+                    consumer.cancel().await?;
+                    continue;
+                }
+                batch = consumer.next_batch(self.settings.amqp.prefetch.into()) => batch?,
+            };
+            match batch {
+                Some(batch) => {
+                    self.in_hand.fetch_add(batch.len(), Ordering::Relaxed);
+                    let batch = self.answer(batch).await?;
+                    // The other end is gone only when settling has failed, and then this future is dropped too.
+                    let _ = published.send(batch).await;
+                }
+                None if stopping => return Ok(()),
+                None => {
+                    return Err(BrokerError::other(
+                        "consume",
+                        "the broker ended the consumer (was the queue deleted?)",
+                    )
+                    .into());
+                }
+            }
+        }
+    }
+
+    /// The way of a batch, in reading order.
+    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<Published>, Stopped> {
+        let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
+        let found = self.find_or_create(&requests).await?;
+        let outcomes = requests.into_iter().zip(found).map(|(request, found)| match request {
+            Ok(_) => found,
+            Err(refusal) => Outcome::Refused(refusal),
+        });
+        let endings: Vec<_> = outcomes.zip(&batch).map(|(outcome, delivery)| self.ending(outcome, delivery)).collect();
+        Ok(batch.into_iter().zip(endings).map(|(delivery, ending)| self.publish(&delivery, ending)).collect())
+    }
+
+    fn parse<'d>(&mut self, delivery: &'d Delivery) -> Result<Parsed<'d>, Refusal> {
+        let message = delivery.message();
+        let request = Request::parse(&message, &self.settings.limits)?;
+        let name = RequestName::new(&message, || self.numbers.next());
+        Ok(Parsed { digest: RequestDigest::new(&name, message.body), request })
+    }
+
+    /// One outcome a request, in order; that of a refused one is not looked at.
+    async fn find_or_create(&mut self, requests: &[Result<Parsed<'_>, Refusal>]) -> Result<Vec<Outcome>, Stopped> {
+        let mut calls = Vec::with_capacity(requests.len());
+        for (index, parsed) in requests.iter().enumerate() {
+            let Ok(Parsed { request, digest }) = parsed else { continue };
+            for (position, entry) in request.entries.iter().enumerate() {
+                calls.push((index, Call::new(self.store.key_prefix(), &request.tenant, entry, digest.token(position))));
+            }
+        }
+        let mut results = self.patiently(&calls).await?.into_iter();
+        let entries_of =
+            |request: &Result<Parsed<'_>, Refusal>| request.as_ref().map_or(0, |p| p.request.entries.len());
+        Ok(requests.iter().map(|request| outcome(results.by_ref().take(entries_of(request)), self.settings)).collect())
+    }
+
+    /// Holds the calls while the store is away, at most `worker.hold_seconds`. An outage is two lines in the log.
+    async fn patiently(&mut self, calls: &[(usize, Call<'_>)]) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
+        if calls.is_empty() {
+            return Ok(Vec::new());
+        }
+        let now = clock::now_json();
+        let mut delays = Delays::new();
+        let mut held_since: Option<Instant> = None;
+        loop {
+            let cause = match self.store.find_or_create(calls, &now).await {
+                Ok(results) => {
+                    if let Some(since) = held_since {
+                        info!(seconds = since.elapsed().as_secs(), "the store answers again");
+                    }
+                    return Ok(results);
+                }
+                Err(cause) => cause,
+            };
+            if held_since.is_none() {
+                warn!(%cause, "the store is away; requests are held and tried again");
+            }
+            let held_seconds = self.settings.worker.hold_seconds;
+            if held_since.get_or_insert_with(Instant::now).elapsed() >= Duration::from_secs(held_seconds) {
+                return Err(Stopped::StoreAway { cause, held_seconds });
+            }
+            sleep(delays.next()).await;
+        }
+    }
+
+    /// The one place where an outcome becomes an ending.
+    fn ending(&self, outcome: Outcome, delivery: &Delivery) -> Ending {
+        let has_address = delivery.message().reply_to.is_some();
+        match (outcome, has_address) {
+            (Outcome::Answered(found), true) => Ending::Reply(Reply::success(&found, &self.settings.reply)),
+            (Outcome::Answered(_), false) => Ending::Nothing,
+            (Outcome::Refused(refusal), true) => Ending::Reply(Reply::from(&refusal)),
+            (Outcome::Refused(refusal), false) => Ending::DeadLetter(refusal),
+            (Outcome::Failed(refusal), true) => Ending::ReplyAndDeadLetter(Reply::from(&refusal), refusal),
+            (Outcome::Failed(refusal), false) => Ending::DeadLetter(refusal),
+        }
+    }
+
+    fn publish(&self, delivery: &Delivery, ending: Ending) -> Published {
+        let (reply, dead_letter) = match ending {
+            Ending::Reply(reply) => (Some(reply), None),
+            Ending::DeadLetter(refusal) => (None, Some(refusal)),
+            Ending::ReplyAndDeadLetter(reply, refusal) => (Some(reply), Some(refusal)),
+            Ending::Nothing => (None, None),
+        };
+        Published {
+            tag: delivery.tag(),
+            reply: reply.and_then(|reply| self.publisher.reply(delivery, reply)),
+            dead_letter: dead_letter.map(|refusal| self.publisher.dead_letter(delivery, &refusal)),
+        }
+    }
+}
+
+/// A request that was taken, and what its entries' tokens are made of.
+struct Parsed<'a> {
+    request: Request<'a>,
+    digest: RequestDigest,
+}
+
+/// What was made of a request.
+enum Outcome {
+    /// Found or created, one element an entry.
+    Answered(Vec<Found>),
+    /// The sender's fault.
+    Refused(Refusal),
+    /// Our fault, or that of someone's hand in the data.
+    Failed(Refusal),
+}
+
+/// What becomes of a request, before it is acknowledged.
+enum Ending {
+    Reply(Reply),
+    DeadLetter(Refusal),
+    ReplyAndDeadLetter(Reply, Refusal),
+    /// The work is done and there is nobody to tell.
+    Nothing,
+}
+
+fn outcome(entries: impl Iterator<Item = Result<Found, EntryFailure>>, settings: &Settings) -> Outcome {
+    // Every entry has run by now, so the first failure speaks for the request.
+    let mut found = Vec::new();
+    for (index, entry) in entries.enumerate() {
+        match entry {
+            Ok(entry) => found.push(entry),
+            Err(failure) => {
+                error!(%failure, entry = index, queue = settings.amqp.queue, "an entry failed in the store; the request is dead-lettered");
+                return Outcome::Failed(Refusal::internal(format!("services[{index}]: {failure}")));
+            }
+        }
+    }
+    Outcome::Answered(found)
+}
+
+/// A request whose reply or dead letter, if any, is on its way.
+struct Published {
+    tag: u64,
+    reply: Option<Publication>,
+    dead_letter: Option<Publication>,
+}
+
+/// The second half of a request's way: from published to acknowledged.
+struct Settling<'a> {
+    acknowledger: Acknowledger,
+    in_hand: &'a AtomicUsize,
+}
+
+impl Settling<'_> {
+    /// Settles batches in the order they were delivered, so that one frame acknowledges each.
+    async fn settle_all(self, mut batches: mpsc::Receiver<Vec<Published>>) -> Result<(), Stopped> {
+        while let Some(batch) = batches.recv().await {
+            let count = batch.len();
+            self.settle(batch).await?;
+            self.in_hand.fetch_sub(count, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    async fn settle(&self, batch: Vec<Published>) -> Result<(), BrokerError> {
+        let Some(last) = batch.last().map(|published| published.tag) else { return Ok(()) };
+        for Published { tag, reply, dead_letter } in batch {
+            let reply = confirmed(reply).await?;
+            let dead_letter = confirmed(dead_letter).await?;
+            match settlement(reply, dead_letter) {
+                Settlement::Acknowledge => {}
+                Settlement::GiveBack => self.acknowledger.give_back(tag).await?,
+                Settlement::StartOver => return Err(BrokerError::other("dead letter", "no queue took it")),
+            }
+        }
+        // Those given back are settled already, and not meant by it.
+        self.acknowledger.acknowledge_up_to(last).await
+    }
+}
+
+enum Settlement {
+    Acknowledge,
+    /// To the queue, which counts it.
+    GiveBack,
+    /// The queues are not as they were declared.
+    StartOver,
+}
+
+/// What the broker said of a request's reply and dead letter decides whether the request may leave the queue.
+fn settlement(reply: Option<Fate>, dead_letter: Option<Fate>) -> Settlement {
+    match (reply, dead_letter) {
+        (_, Some(Fate::Returned | Fate::Nacked)) => Settlement::StartOver,
+        (Some(Fate::Nacked), _) => Settlement::GiveBack,
+        // Nobody waits for a reply that was returned.
+        (None | Some(Fate::Confirmed | Fate::Returned), None | Some(Fate::Confirmed)) => Settlement::Acknowledge,
+    }
+}
+
+async fn confirmed(publication: Option<Publication>) -> Result<Option<Fate>, BrokerError> {
+    let Some(publication) = publication else { return Ok(None) };
+    let silent = || BrokerError::other("publish", format!("not confirmed in {} s", CONFIRM_LIMIT.as_secs()));
+    timeout(CONFIRM_LIMIT, publication.fate()).await.map_err(|_| silent())?.map(Some)
+}
+
+/// Numbers that no other delivery has, here or in another process: a random start, then one by one.
+struct FreshNumbers(u64);
+
+impl FreshNumbers {
+    fn new() -> Self {
+        Self(RandomState::new().hash_one("a worker"))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        self.0
+    }
+}
+
+/// Ends when `stop` turns true, or when nobody can turn it any more.
+pub(crate) fn stopped(mut stop: watch::Receiver<bool>) -> impl Future<Output = ()> {
+    async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    }
+}

@@ -1,0 +1,446 @@
+//! Real workers, a real RabbitMQ and a real Redis for every test, under names of its own.
+//!
+//! The servers are private and shared by all tests; `scripts/with-servers` starts them and names them in the
+//! environment. A [`Space`] is one test's share: a queue and a key prefix that no other test has.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use composite_start::store::keys::Keys;
+use futures_util::StreamExt;
+use lapin::options::{
+    BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use redis::aio::MultiplexedConnection;
+use serde_json::Value;
+use tokio::time::timeout;
+
+/// No wait in a test is longer; one that gets here has failed.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_composite-start");
+
+/// A server's address, from the environment that `scripts/with-servers` makes.
+pub fn server(variable: &str) -> String {
+    std::env::var(variable).unwrap_or_else(|_| {
+        panic!("{variable} is not set: run `make test`, or `scripts/with-servers cargo test`, which start the servers")
+    })
+}
+
+pub fn amqp_url() -> String {
+    server("COMPOSITE_START__AMQP__URL")
+}
+
+pub fn redis_url() -> String {
+    server("COMPOSITE_START__REDIS__URL")
+}
+
+/// Waits for `future`, at most [`LIMIT`].
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("{what}: not within {} s", LIMIT.as_secs()))
+}
+
+/// Asks again and again until `condition` gives something. For conditions that announce themselves by no event.
+pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    soon(what, async {
+        loop {
+            if let Some(value) = condition().await {
+                return value;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+}
+
+/// One test's queue and keys; both are removed when it is dropped.
+pub struct Space {
+    pub queue: String,
+    pub key_prefix: String,
+}
+
+impl Space {
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("t{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        Self { queue: format!("{name}.requests"), key_prefix: name }
+    }
+
+    pub fn dead_letter_queue(&self) -> String {
+        format!("{}.dead", self.queue)
+    }
+
+    pub fn dead_letter_exchange(&self) -> String {
+        format!("{}.dlx", self.queue)
+    }
+
+    /// The environment of a program that works in this space; `settings` are keys like `amqp.prefetch`.
+    pub fn environment(&self, settings: &[(&str, &str)]) -> Vec<(String, String)> {
+        let own = [("amqp.queue", &*self.queue), ("redis.key_prefix", &self.key_prefix), ("http.listen", "")];
+        let variable = |key: &str| format!("COMPOSITE_START__{}", key.to_uppercase().replace('.', "__"));
+        own.iter().chain(settings).map(|(key, value)| (variable(key), (*value).to_owned())).collect()
+    }
+
+    /// Starts a worker and waits until it consumes.
+    pub async fn worker(&self) -> Worker {
+        self.worker_with(&[]).await
+    }
+
+    pub async fn worker_with(&self, settings: &[(&str, &str)]) -> Worker {
+        let worker = self.start_worker(settings);
+        worker.says("consuming").await;
+        worker
+    }
+
+    /// Starts a worker and waits for nothing.
+    pub fn start_worker(&self, settings: &[(&str, &str)]) -> Worker {
+        Worker::start(&self.environment(settings))
+    }
+
+    pub async fn client(&self) -> Client {
+        Client::connect(&self.queue).await
+    }
+
+    pub async fn redis(&self) -> MultiplexedConnection {
+        let client = redis::Client::open(redis_url()).unwrap();
+        soon("connect to Redis", client.get_multiplexed_async_connection()).await.unwrap()
+    }
+
+    /// Runs the program to its end with `input` on its standard input.
+    pub async fn run(&self, arguments: &[&str], settings: &[(&str, &str)], input: &str) -> Ended {
+        run(arguments, &self.environment(settings), input).await
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        let (queues, exchange) = ([self.queue.clone(), self.dead_letter_queue()], self.dead_letter_exchange());
+        let pattern = format!("{}:*", self.key_prefix);
+        // A runtime of its own: a test that panicked has none left to wait on.
+        let cleaning = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let channel = channel().await;
+                for queue in queues {
+                    let _ = channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
+                }
+                let _ = channel.exchange_delete(exchange.into(), Default::default()).await;
+                let mut redis = redis::Client::open(redis_url())?.get_multiplexed_async_connection().await?;
+                let keys: Vec<Vec<u8>> = redis::cmd("KEYS").arg(pattern).query_async(&mut redis).await?;
+                if !keys.is_empty() {
+                    redis::cmd("DEL").arg(keys).exec_async(&mut redis).await?;
+                }
+                redis::RedisResult::Ok(())
+            })
+        });
+        let _ = cleaning.join();
+    }
+}
+
+/// A program that has ended.
+pub struct Ended {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs the program to its end.
+pub async fn run(arguments: &[&str], environment: &[(String, String)], input: &str) -> Ended {
+    let mut child = Command::new(PROGRAM)
+        .args(arguments)
+        .envs(environment.iter().cloned())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The program may end without reading its input.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let ended = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
+    let output = soon("the program's end", ended).await.unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ended { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+}
+
+/// A real worker process; killed when dropped.
+pub struct Worker {
+    child: Child,
+    log: Arc<(Mutex<String>, Condvar)>,
+}
+
+impl Worker {
+    pub fn start(environment: &[(String, String)]) -> Self {
+        let mut child = Command::new(PROGRAM)
+            .arg("worker")
+            .envs(environment.iter().cloned())
+            .env("COMPOSITE_START__LOG__FORMAT", "text")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let log = Arc::new((Mutex::new(String::new()), Condvar::new()));
+        let kept = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let mut text = kept.0.lock().unwrap();
+                text.push_str(&line);
+                text.push('\n');
+                kept.1.notify_all();
+            }
+        });
+        Self { child, log }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.0.lock().unwrap().clone()
+    }
+
+    /// Waits until its log holds `text`.
+    pub async fn says(&self, text: &str) {
+        self.says_times(text, 1).await;
+    }
+
+    /// Waits until its log holds `text` this many times.
+    pub async fn says_times(&self, text: &str, times: usize) {
+        let (log, sought) = (Arc::clone(&self.log), text.to_owned());
+        let found = tokio::task::spawn_blocking(move || {
+            let deadline = Instant::now() + LIMIT;
+            let mut held = log.0.lock().unwrap();
+            while held.matches(&sought).count() < times {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(held.clone());
+                }
+                held = log.1.wait_timeout(held, left).unwrap().0;
+            }
+            Ok(())
+        });
+        if let Err(log) = found.await.unwrap() {
+            panic!("the worker did not say {text:?} {times} times; its log:\n{log}");
+        }
+    }
+
+    /// Sends a signal by its name, such as `TERM` or `KILL`.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
+        assert!(status.success(), "kill -s {name}");
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&mut self) -> ExitStatus {
+        eventually("the worker's end", async || self.child.try_wait().unwrap()).await
+    }
+
+    /// Tells it to drain, and waits for its end.
+    pub async fn drain(&mut self) -> ExitStatus {
+        self.signal("TERM");
+        self.ended().await
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("log of worker {}:\n{}", self.child.id(), self.log());
+        }
+    }
+}
+
+/// A connection's channel for whatever a test needs of the broker.
+pub async fn channel() -> Channel {
+    let connection = soon("connect", Connection::connect(&amqp_url(), ConnectionProperties::default())).await.unwrap();
+    soon("open a channel", connection.create_channel()).await.unwrap()
+}
+
+/// A requester with a reply queue of its own.
+pub struct Client {
+    pub channel: Channel,
+    pub reply_to: String,
+    queue: String,
+    replies: lapin::Consumer,
+    sent: u32,
+}
+
+/// A request to send; [`Client::request`] fills in what a well-behaved requester would.
+#[derive(Clone)]
+pub struct Outgoing {
+    pub body: Vec<u8>,
+    pub properties: BasicProperties,
+}
+
+/// A reply as it came.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Incoming {
+    pub status: i64,
+    pub location: Option<String>,
+    pub body: Value,
+    pub properties: BasicProperties,
+}
+
+impl Incoming {
+    /// `[service, state, task]` of one entry, each as `(id, created)`.
+    pub fn objects(&self, entry: usize) -> Vec<(u64, bool)> {
+        assert_eq!(self.status, 200, "{self:?}");
+        let kinds = [("service", "service_id"), ("state", "state_id"), ("task", "task_id")];
+        let entry = &self.body["services"][entry];
+        let object = |(kind, id): (&str, &str)| {
+            let object = entry.get(kind)?;
+            let created = match &object["created"] {
+                Value::String(text) if text == "true" => true,
+                Value::String(text) if text == "false" => false,
+                other => panic!("created is {other}"),
+            };
+            Some((object[id].as_u64().unwrap(), created))
+        };
+        kinds.into_iter().filter_map(object).collect()
+    }
+
+    pub fn ids(&self, entry: usize) -> Vec<u64> {
+        self.objects(entry).into_iter().map(|(id, _)| id).collect()
+    }
+
+    pub fn created(&self, entry: usize) -> Vec<bool> {
+        self.objects(entry).into_iter().map(|(_, created)| created).collect()
+    }
+
+    pub fn message(&self) -> &str {
+        self.body["message"].as_str().unwrap_or_else(|| panic!("no refusal: {self:?}"))
+    }
+}
+
+impl Client {
+    pub async fn connect(queue: &str) -> Self {
+        let channel = channel().await;
+        soon("confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await.unwrap();
+        let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+        let declared = soon("declare", channel.queue_declare("".into(), exclusive, FieldTable::default())).await;
+        let reply_to = declared.unwrap().name().to_string();
+        let replies = Self::consume(&channel, &reply_to).await;
+        Self { channel, reply_to, queue: queue.to_owned(), replies, sent: 0 }
+    }
+
+    pub async fn consume(channel: &Channel, queue: &str) -> lapin::Consumer {
+        let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
+        let consumed = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());
+        soon("consume replies", consumed).await.unwrap()
+    }
+
+    /// A request with a reply address and a correlation id of its own.
+    pub fn outgoing(&mut self, body: impl Into<Vec<u8>>) -> Outgoing {
+        self.sent += 1;
+        let properties = BasicProperties::default()
+            .with_reply_to(ShortString::from(&*self.reply_to))
+            .with_correlation_id(format!("c{}", self.sent).into());
+        Outgoing { body: body.into(), properties }
+    }
+
+    /// Publishes to the request queue and waits for the broker's confirmation.
+    pub async fn send(&self, outgoing: &Outgoing) {
+        let published = self.channel.basic_publish(
+            "".into(),
+            ShortString::from(&*self.queue),
+            BasicPublishOptions { mandatory: true, ..Default::default() },
+            &outgoing.body,
+            outgoing.properties.clone(),
+        );
+        let confirmation = soon("publish", async { published.await.unwrap().await.unwrap() }).await;
+        assert!(matches!(confirmation, Confirmation::Ack(None)), "{confirmation:?}");
+    }
+
+    /// The next reply, whichever request it answers.
+    pub async fn reply(&mut self) -> Incoming {
+        let reply = soon("a reply", self.replies.next()).await.expect("the reply consumer ended").unwrap();
+        incoming(reply)
+    }
+
+    /// Sends and waits for the answer.
+    pub async fn exchange(&mut self, outgoing: &Outgoing) -> Incoming {
+        self.send(outgoing).await;
+        let reply = self.reply().await;
+        assert_eq!(reply.properties.correlation_id(), outgoing.properties.correlation_id());
+        reply
+    }
+
+    /// Sends `body` as a new request and waits for the answer.
+    pub async fn request(&mut self, body: impl Into<Vec<u8>>) -> Incoming {
+        let outgoing = self.outgoing(body);
+        self.exchange(&outgoing).await
+    }
+
+    /// Waits for a message in `queue` and takes it.
+    pub async fn take(&self, queue: &str) -> lapin::message::Delivery {
+        eventually(&format!("a message in {queue}"), async || {
+            let got = self.channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.unwrap();
+            got.map(|message| message.delivery)
+        })
+        .await
+    }
+
+    /// Messages ready in `queue`.
+    pub async fn count(&self, queue: &str) -> u32 {
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let declared = soon("count", self.channel.queue_declare(queue.into(), passive, FieldTable::default())).await;
+        declared.unwrap().message_count()
+    }
+}
+
+pub fn incoming(delivery: lapin::message::Delivery) -> Incoming {
+    let headers = delivery.properties.headers().clone().unwrap_or_default();
+    let location = match headers.inner().get("location") {
+        Some(AMQPValue::LongString(text)) => Some(text.to_string()),
+        None => None,
+        other => panic!("location is {other:?}"),
+    };
+    let status = match headers.inner().get("status") {
+        Some(AMQPValue::LongInt(status)) => (*status).into(),
+        other => panic!("status is {other:?}"),
+    };
+    let body = serde_json::from_slice(&delivery.data).expect("a reply is JSON");
+    Incoming { status, location, body, properties: delivery.properties }
+}
+
+/// One entry with a task, for the customer and types given.
+pub fn entry(customer: &str, service: &str, state: &str, task: &str) -> String {
+    format!(
+        r#"{{"service":{{"customer_id":"{customer}","service_type":"{service}"}},"state":{{"state_type":"{state}"}},"task":{{"task_type":"{task}"}}}}"#
+    )
+}
+
+/// A request of these entries.
+pub fn body(entries: &[String]) -> String {
+    format!(r#"{{"services":[{}]}}"#, entries.join(","))
+}
+
+/// A text header table.
+pub fn headers(values: &[(&str, &str)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in values {
+        table.insert((*name).into(), AMQPValue::LongString((*value).into()));
+    }
+    table
+}
+
+/// All fields of a tree in Redis, by the keys that the store itself would use.
+pub async fn tree(redis: &mut MultiplexedConnection, keys: &Keys) -> std::collections::BTreeMap<String, String> {
+    soon("read a tree", redis::cmd("HGETALL").arg(&keys.tree).query_async(redis)).await.unwrap()
+}
