@@ -1,0 +1,19 @@
+# The worker: built on Debian, run on Debian, as a user of its own.
+
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /build
+# The dependencies are a layer of their own: it is built again only when Cargo.toml or Cargo.lock change.
+COPY Cargo.toml Cargo.lock ./
+RUN mkdir src && touch src/lib.rs && echo 'fn main() {}' >src/main.rs \
+    && cargo build --release --locked --bin composite-start \
+    && rm -r src
+COPY config config
+COPY src src
+# Cargo compares times, and those of the copied files are older than what was just built.
+RUN touch src/lib.rs src/main.rs && cargo build --release --locked --bin composite-start
+
+FROM debian:bookworm-slim
+COPY --from=build /build/target/release/composite-start /usr/local/bin/
+USER 10001:10001
+ENTRYPOINT ["composite-start"]
+CMD ["worker"]
