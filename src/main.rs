@@ -15,7 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 #[derive(Parser)]
 #[command(version, about, arg_required_else_help = true)]
 struct Arguments {
-    /// Settings that differ from the defaults (TOML); COMPOSITE_START__AMQP__URL and the like override them
+    /// Settings that differ from the defaults, in TOML; the environment overrides them (`COMPOSITE_START__AMQP__URL` …)
     #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
     #[command(subcommand)]

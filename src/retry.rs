@@ -44,7 +44,7 @@ impl Delays {
     }
 
     /// How long to wait before the next attempt.
-    pub fn next(&mut self) -> Duration {
+    pub fn next_wait(&mut self) -> Duration {
         if self.working_since.take().is_some_and(|since| since.elapsed() >= STABLE_AFTER) {
             self.policy.reset();
         }
@@ -65,9 +65,9 @@ mod tests {
     #[test]
     fn waits_grow_to_ten_seconds_and_never_end() {
         let mut delays = Delays::new();
-        let first = delays.next();
+        let first = delays.next_wait();
         assert!(first >= FIRST_WAIT.mul_f64(1.0 - JITTER) && first <= FIRST_WAIT.mul_f64(1.0 + JITTER));
-        let late: Vec<_> = (0..1000).map(|_| delays.next()).skip(20).collect();
+        let late: Vec<_> = (0..1000).map(|_| delays.next_wait()).skip(20).collect();
         assert!(late.iter().all(|wait| *wait <= LONGEST_WAIT && *wait >= LONGEST_WAIT.mul_f64(1.0 - JITTER)));
         assert!(late.windows(2).any(|pair| pair[0] != pair[1]), "no jitter");
     }
@@ -76,19 +76,19 @@ mod tests {
     fn a_connection_that_breaks_at_once_does_not_start_the_waits_over() {
         let mut delays = Delays::new();
         for _ in 0..20 {
-            delays.next();
+            delays.next_wait();
         }
         delays.works();
-        assert!(delays.next() >= LONGEST_WAIT.mul_f64(1.0 - JITTER));
+        assert!(delays.next_wait() >= LONGEST_WAIT.mul_f64(1.0 - JITTER));
     }
 
     #[test]
     fn a_stable_minute_starts_the_waits_over() {
         let mut delays = Delays::new();
         for _ in 0..20 {
-            delays.next();
+            delays.next_wait();
         }
         delays.working_since = Instant::now().checked_sub(STABLE_AFTER);
-        assert!(delays.next() <= FIRST_WAIT.mul_f64(1.0 + JITTER));
+        assert!(delays.next_wait() <= FIRST_WAIT.mul_f64(1.0 + JITTER));
     }
 }

@@ -88,7 +88,7 @@ async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) -> Result<(
         };
         outage.goes_on(&cause);
         tokio::select! {
-            () = sleep(delays.next()) => {}
+            () = sleep(delays.next_wait()) => {}
             () = stopped(stop.clone()) => return Ok(()),
         }
     }

@@ -367,7 +367,12 @@ fn check_filter(filter: &str) -> Result<(), SettingsError> {
         .map_err(|error| SettingsError::new("log.filter", format_args!("{filter:?}: {error}")))
 }
 
-fn check_range<N: PartialOrd + fmt::Display>(key: &str, value: N, least: N, most: N) -> Result<(), SettingsError> {
+fn check_range<N: PartialOrd + fmt::Display + Copy>(
+    key: &str,
+    value: N,
+    least: N,
+    most: N,
+) -> Result<(), SettingsError> {
     if least <= value && value <= most {
         return Ok(());
     }
@@ -377,7 +382,7 @@ fn check_range<N: PartialOrd + fmt::Display>(key: &str, value: N, least: N, most
 /// The key of a value that does not fit, and why. What the value was is said only where it cannot be a secret.
 fn wrong_value(error: &serde_path_to_error::Error<config::ConfigError>) -> SettingsError {
     let path = error.path().to_string();
-    if path.ends_with(".url") {
+    if path.rsplit('.').next() == Some("url") {
         return SettingsError::new(&path, "must be a text");
     }
     let cause = one_line(error.inner());
@@ -423,7 +428,8 @@ mod tests {
 
     #[test]
     fn a_wrong_setting_is_one_line_that_names_its_key() {
-        let cases: &[(&str, &[(&str, &str)], &str)] = &[
+        type Variables = &'static [(&'static str, &'static str)];
+        let cases: &[(&str, Variables, &str)] = &[
             ("[amqp]\nprefetsch = 1", &[], "amqp.prefetsch"),
             ("[ampq]\nprefetch = 1", &[], "ampq"),
             ("", &[("COMPOSITE_START__AMQP__PREFETSCH", "1")], "amqp.prefetsch"),

@@ -11,7 +11,6 @@
 //! broker. Whatever goes wrong in between ends the session, and the broker hands the request out again.
 
 use std::collections::hash_map::RandomState;
-use std::future::Future;
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -98,13 +97,13 @@ impl Answering<'_> {
         mut self,
         mut consumer: Consumer,
         published: mpsc::Sender<Vec<Published>>,
-        mut stop: watch::Receiver<bool>,
+        stop: watch::Receiver<bool>,
     ) -> Result<(), Stopped> {
         let mut stopping = false;
         loop {
             let batch = tokio::select! {
                 biased;
-                _ = stop.wait_for(|stop| *stop), if !stopping => {
+                () = stopped(stop.clone()), if !stopping => {
                     stopping = true;
                     consumer.cancel().await?;
                     continue;
@@ -145,7 +144,7 @@ impl Answering<'_> {
     fn parse<'d>(&mut self, delivery: &'d Delivery) -> Result<Parsed<'d>, Refusal> {
         let message = delivery.message();
         let request = Request::parse(&message, &self.settings.limits)?;
-        let name = RequestName::new(&message, || self.numbers.next());
+        let name = RequestName::new(&message, || self.numbers.fresh());
         Ok(Parsed { digest: RequestDigest::new(&name, message.body), request })
     }
 
@@ -189,7 +188,7 @@ impl Answering<'_> {
             if held_since.get_or_insert_with(Instant::now).elapsed() >= Duration::from_secs(held_seconds) {
                 return Err(Stopped::StoreAway { cause, held_seconds });
             }
-            sleep(delays.next()).await;
+            sleep(delays.next_wait()).await;
         }
     }
 
@@ -200,9 +199,8 @@ impl Answering<'_> {
             (Outcome::Answered(found), true) => Ending::Reply(Reply::success(&found, &self.settings.reply)),
             (Outcome::Answered(_), false) => Ending::Nothing,
             (Outcome::Refused(refusal), true) => Ending::Reply(Reply::from(&refusal)),
-            (Outcome::Refused(refusal), false) => Ending::DeadLetter(refusal),
             (Outcome::Failed(refusal), true) => Ending::ReplyAndDeadLetter(Reply::from(&refusal), refusal),
-            (Outcome::Failed(refusal), false) => Ending::DeadLetter(refusal),
+            (Outcome::Refused(refusal) | Outcome::Failed(refusal), false) => Ending::DeadLetter(refusal),
         }
     }
 
@@ -286,18 +284,21 @@ impl Settling<'_> {
     }
 
     async fn settle(&self, batch: Vec<Published>) -> Result<(), BrokerError> {
-        let Some(last) = batch.last().map(|published| published.tag) else { return Ok(()) };
+        let mut last = None;
         for Published { tag, reply, dead_letter } in batch {
             let reply = confirmed(reply).await?;
             let dead_letter = confirmed(dead_letter).await?;
             match settlement(reply, dead_letter) {
-                Settlement::Acknowledge => {}
+                Settlement::Acknowledge => last = Some(tag),
                 Settlement::GiveBack => self.acknowledger.give_back(tag).await?,
                 Settlement::StartOver => return Err(BrokerError::other("dead letter", "no queue took it")),
             }
         }
-        // Those given back are settled already, and not meant by it.
-        self.acknowledger.acknowledge_up_to(last).await
+        // Those given back are settled by now and not meant by it; the broker takes it for an error to name one of them.
+        match last {
+            Some(last) => self.acknowledger.acknowledge_up_to(last).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -333,15 +334,13 @@ impl FreshNumbers {
         Self(RandomState::new().hash_one("a worker"))
     }
 
-    fn next(&mut self) -> u64 {
+    fn fresh(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(1);
         self.0
     }
 }
 
 /// Ends when `stop` turns true, or when nobody can turn it any more.
-pub(crate) fn stopped(mut stop: watch::Receiver<bool>) -> impl Future<Output = ()> {
-    async move {
-        let _ = stop.wait_for(|stop| *stop).await;
-    }
+pub(crate) async fn stopped(mut stop: watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }

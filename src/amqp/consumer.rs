@@ -1,5 +1,6 @@
 //! Takes requests from the queue, as many at once as have arrived.
 
+use futures_util::stream::Fuse;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
@@ -13,7 +14,8 @@ use super::{ANSWER_LIMIT, BrokerError, within};
 /// A consumer of the request queue.
 pub struct Consumer {
     channel: Channel,
-    stream: lapin::Consumer,
+    /// Fused: lapin tells the end of its stream once, and waits for ever if asked again.
+    stream: Fuse<lapin::Consumer>,
 }
 
 impl Consumer {
@@ -29,7 +31,7 @@ impl Consumer {
             FieldTable::default(),
         );
         let stream = within(ANSWER_LIMIT, format!("consume queue {}", names.queue), consumed).await?;
-        Ok(Self { channel, stream })
+        Ok(Self { channel, stream: stream.fuse() })
     }
 
     /// What acknowledges the deliveries of this consumer.
@@ -57,7 +59,7 @@ impl Consumer {
 
     /// Asks the broker for no more deliveries.
     pub async fn cancel(&self) -> Result<(), BrokerError> {
-        let cancelled = self.channel.basic_cancel(self.stream.tag(), BasicCancelOptions::default());
+        let cancelled = self.channel.basic_cancel(self.stream.get_ref().tag(), BasicCancelOptions::default());
         within(ANSWER_LIMIT, "basic.cancel", cancelled).await
     }
 }

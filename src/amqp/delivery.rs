@@ -29,9 +29,9 @@ impl Delivery {
             body: &self.0.data,
             content_type: properties.content_type().as_ref().map(ShortString::as_str),
             content_encoding: properties.content_encoding().as_ref().map(ShortString::as_str),
-            reply_to: given(properties.reply_to()).map(ShortString::as_str),
-            correlation_id: given(properties.correlation_id()).map(ShortString::as_str),
-            message_id: given(properties.message_id()).map(ShortString::as_str),
+            reply_to: given(properties.reply_to().as_ref()).map(ShortString::as_str),
+            correlation_id: given(properties.correlation_id().as_ref()).map(ShortString::as_str),
+            message_id: given(properties.message_id().as_ref()).map(ShortString::as_str),
             contact_center_id: self.header("ContactCenterId"),
             group_id: self.header("GroupId"),
             unreadable_properties: self.headers().and_then(|headers| match headers.inner().get(UNREADABLE) {
@@ -55,7 +55,7 @@ impl Delivery {
     }
 
     pub(super) fn reply_to(&self) -> Option<&ShortString> {
-        given(self.properties().reply_to())
+        given(self.properties().reply_to().as_ref())
     }
 
     pub(super) fn is_persistent(&self) -> bool {
@@ -88,6 +88,6 @@ impl Delivery {
 }
 
 /// Some clients send a property they do not mean as an empty one.
-fn given(property: &Option<ShortString>) -> Option<&ShortString> {
-    property.as_ref().filter(|text| !text.as_str().is_empty())
+fn given(property: Option<&ShortString>) -> Option<&ShortString> {
+    property.filter(|text| !text.as_str().is_empty())
 }

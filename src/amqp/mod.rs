@@ -207,7 +207,7 @@ async fn lost(connection: &Connection, name: &str) -> BrokerError {
         match event {
             Event::Error(error) => return BrokerError::new(name, error),
             Event::ConnectionBlocked(reason) => {
-                tracing::warn!(connection = name, reason, "the broker blocks publishing")
+                tracing::warn!(connection = name, reason, "the broker blocks publishing");
             }
             Event::ConnectionUnblocked => tracing::info!(connection = name, "the broker takes publishing again"),
             _ => {}

@@ -128,15 +128,15 @@ impl Store {
         calls: &[(usize, Call<'_>)],
         now: &str,
     ) -> Result<Vec<Result<Found, EntryFailure>>, Unavailable> {
-        let mut results = vec![None; calls.len()];
+        let mut results = Vec::with_capacity(calls.len());
         for round in rounds(calls) {
             for part in self.pipelines(&round, calls, now) {
-                for (index, value) in self.run(part, calls, now).await? {
-                    results[index] = Some(value);
-                }
+                results.append(&mut self.run(part, calls, now).await?);
             }
         }
-        Ok(results.into_iter().map(|result| result.expect("every call is in exactly one round")).collect())
+        // Every call was in exactly one round.
+        results.sort_unstable_by_key(|(index, _)| *index);
+        Ok(results.into_iter().map(|(_, result)| result).collect())
     }
 
     /// Cuts one round into pipelines of bounded size.
@@ -215,11 +215,15 @@ impl Store {
         };
         match error.code() {
             "NOSCRIPT" => Ok(Answer::ScriptForgotten),
-            code if is_the_worlds_fault(code) => {
-                self.connection = None;
-                Err(self.strange(&format!("{code} {}", error.details().unwrap_or_default())))
+            code => {
+                let details = error.details().unwrap_or_default();
+                let text = format!("{code} {details}");
+                if is_the_worlds_fault(code, details) {
+                    self.connection = None;
+                    return Err(self.strange(&text));
+                }
+                Ok(Answer::Result(Err(EntryFailure(text))))
             }
-            code => Ok(Answer::Result(Err(EntryFailure(format!("{code} {}", error.details().unwrap_or_default()))))),
         }
     }
 
@@ -270,25 +274,29 @@ fn rounds(calls: &[(usize, Call<'_>)]) -> Vec<Vec<usize>> {
 }
 
 /// Errors that say the server cannot work now or not for us, whatever we ask: waiting, or an operator, mends them.
-fn is_the_worlds_fault(code: &str) -> bool {
-    matches!(
-        code,
-        "LOADING"
-            | "READONLY"
-            | "MASTERDOWN"
-            | "CLUSTERDOWN"
-            | "TRYAGAIN"
-            | "MOVED"
-            | "ASK"
-            | "BUSY"
-            | "OOM"
-            | "MISCONF"
-            | "NOREPLICAS"
-            | "NOAUTH"
-            | "NOPERM"
-            | "WRONGPASS"
-            | "UNKILLABLE"
-    )
+fn is_the_worlds_fault(code: &str, details: &str) -> bool {
+    /// What a login may not do inside a script has no code of its own: Redis 7.0, and later ones.
+    const FORBIDDEN_IN_SCRIPT: [&str; 2] = ["The user executing the script can't ", "ACL failure in script"];
+    let is_forbidden = || FORBIDDEN_IN_SCRIPT.iter().any(|start| details.starts_with(start));
+    (code == "ERR" && is_forbidden())
+        || matches!(
+            code,
+            "LOADING"
+                | "READONLY"
+                | "MASTERDOWN"
+                | "CLUSTERDOWN"
+                | "TRYAGAIN"
+                | "MOVED"
+                | "ASK"
+                | "BUSY"
+                | "OOM"
+                | "MISCONF"
+                | "NOREPLICAS"
+                | "NOAUTH"
+                | "NOPERM"
+                | "WRONGPASS"
+                | "UNKILLABLE"
+        )
 }
 
 /// Size of an argument as it is sent, roughly.
@@ -310,4 +318,60 @@ fn connection_info(url: &SecretUrl) -> redis::RedisResult<ConnectionInfo> {
 fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
     let text = error.to_string();
     Unavailable(format!("{address}: {}", text.lines().next().unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{RequestDigest, RequestName, Token};
+    use crate::request::{Entry, Event, Service, Tenant};
+
+    fn entry(customer: &str, data: &'static str) -> Entry<'static> {
+        let event = |name: &'static str| Event { type_name: name.into(), type_json: "1", ..Event::default() };
+        let state = Event { data: vec![("data".into(), data)], ..event("new") };
+        let service =
+            Service { event: event("booking"), customer_id: customer.to_owned().into(), contact_key: "".into() };
+        Entry { service, state, task: None, associate_state_task: false }
+    }
+
+    fn call<'a>(entry: &'a Entry<'a>) -> Call<'a> {
+        let tenant = Tenant { contact_center_id: "".into(), group_id: "".into() };
+        let token: Token = RequestDigest::new(&RequestName::Unnamed(1), b"").token(0);
+        Call::new("cs", &tenant, entry, token)
+    }
+
+    #[test]
+    fn calls_of_one_request_on_one_tree_are_in_rounds_of_their_own() {
+        let (a, b) = (entry("A", ""), entry("B", ""));
+        let calls = [(0, &a), (0, &b), (0, &a), (0, &a), (1, &a), (2, &a), (2, &a), (3, &b)];
+        let calls = calls.map(|(request, entry)| (request, call(entry)));
+        assert_eq!(rounds(&calls), [vec![0, 1, 4, 5, 7], vec![2, 6], vec![3]]);
+        assert_eq!(rounds(&[]), [Vec::<usize>::new()]);
+    }
+
+    #[test]
+    fn a_pipeline_holds_so_many_calls_or_so_many_bytes_and_never_none() {
+        let settings = Settings { url: "redis://127.0.0.1:1".to_owned().into(), key_prefix: "cs".into() };
+        let store = Store::new(&settings, OnFound::Merge).unwrap();
+        let sizes = |entry: &Entry<'_>, count: usize| {
+            let calls: Vec<_> = (0..count).map(|index| (index, call(entry))).collect();
+            let parts = store.pipelines(&(0..count).collect::<Vec<_>>(), &calls, "1");
+            parts.iter().map(|part| part.indices.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&entry("A", ""), 1200), [512, 512, 176]);
+        assert_eq!(sizes(&entry("A", ""), 512), [512]);
+        let large = |share: usize| entry("A", "x".repeat(PIPELINE_BYTES / share).leak());
+        assert_eq!(sizes(&large(3), 5), [2, 2, 1]);
+        assert_eq!(sizes(&large(1), 2), [1, 1]);
+    }
+
+    #[test]
+    fn an_error_is_the_worlds_fault_or_the_entrys() {
+        let details_of_7_0 = "The user executing the script can't run this command or subcommand script: 94";
+        let details_of_7_2 = "ACL failure in script: User x has no permissions to run the 'hset' command";
+        let worlds = [("OOM", "command not allowed"), ("ERR", details_of_7_0), ("ERR", details_of_7_2), ("NOPERM", "")];
+        assert!(worlds.iter().all(|(code, details)| is_the_worlds_fault(code, details)));
+        let entrys = [("ERR", "value is not an integer"), ("WRONGTYPE", "Operation"), ("BADTREE", "the pointer")];
+        assert!(!entrys.iter().any(|(code, details)| is_the_worlds_fault(code, details)));
+    }
 }

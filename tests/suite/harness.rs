@@ -9,14 +9,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use composite_start::store::keys::Keys;
 use futures_util::StreamExt;
 use lapin::options::{
-    BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
-    QueueDeleteOptions,
+    BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use tokio::time::timeout;
@@ -95,7 +95,7 @@ impl Space {
 
     pub async fn worker_with(&self, settings: &[(&str, &str)]) -> Worker {
         let worker = self.start_worker(settings);
-        worker.says("consuming").await;
+        worker.says("consuming queue=").await;
         worker
     }
 
@@ -109,8 +109,17 @@ impl Space {
     }
 
     pub async fn redis(&self) -> MultiplexedConnection {
-        let client = redis::Client::open(redis_url()).unwrap();
-        soon("connect to Redis", client.get_multiplexed_async_connection()).await.unwrap()
+        redis_connection(&redis_url()).await.unwrap()
+    }
+
+    /// The store's address with a login of this space's own, which may do what `rules` (as of `ACL SETUSER`) say and
+    /// nothing else. A second call changes the rules.
+    pub async fn redis_login(&self, rules: &[&str]) -> String {
+        let user = &self.key_prefix;
+        let mut command = redis::cmd("ACL");
+        command.arg(&["SETUSER", user, "reset", "on", ">hunter2"]).arg(rules);
+        command.exec_async(&mut self.redis().await).await.unwrap();
+        redis_url().replacen("//", &format!("//{user}:hunter2@"), 1)
     }
 
     /// Runs the program to its end with `input` on its standard input.
@@ -122,7 +131,7 @@ impl Space {
 impl Drop for Space {
     fn drop(&mut self) {
         let (queues, exchange) = ([self.queue.clone(), self.dead_letter_queue()], self.dead_letter_exchange());
-        let pattern = format!("{}:*", self.key_prefix);
+        let (user, pattern) = (self.key_prefix.clone(), format!("{}:*", self.key_prefix));
         // A runtime of its own: a test that panicked has none left to wait on.
         let cleaning = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -131,12 +140,13 @@ impl Drop for Space {
                 for queue in queues {
                     let _ = channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
                 }
-                let _ = channel.exchange_delete(exchange.into(), Default::default()).await;
-                let mut redis = redis::Client::open(redis_url())?.get_multiplexed_async_connection().await?;
+                let _ = channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await;
+                let mut redis = redis_connection(&redis_url()).await?;
                 let keys: Vec<Vec<u8>> = redis::cmd("KEYS").arg(pattern).query_async(&mut redis).await?;
                 if !keys.is_empty() {
                     redis::cmd("DEL").arg(keys).exec_async(&mut redis).await?;
                 }
+                redis::cmd("ACL").arg(&["DELUSER", &user]).exec_async(&mut redis).await?;
                 redis::RedisResult::Ok(())
             })
         });
@@ -200,10 +210,6 @@ impl Worker {
         Self { child, log }
     }
 
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// What it has logged so far.
     pub fn log(&self) -> String {
         self.log.0.lock().unwrap().clone()
@@ -250,10 +256,6 @@ impl Worker {
         self.signal("TERM");
         self.ended().await
     }
-
-    pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
 }
 
 impl Drop for Worker {
@@ -264,6 +266,12 @@ impl Drop for Worker {
             eprintln!("log of worker {}:\n{}", self.child.id(), self.log());
         }
     }
+}
+
+/// A connection to a Redis. The client's own limits are a fraction of a second, which a busy machine may well exceed.
+pub async fn redis_connection(url: &str) -> redis::RedisResult<MultiplexedConnection> {
+    let limits = AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
+    redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&limits).await
 }
 
 /// A connection's channel for whatever a test needs of the broker.
@@ -438,9 +446,4 @@ pub fn headers(values: &[(&str, &str)]) -> FieldTable {
         table.insert((*name).into(), AMQPValue::LongString((*value).into()));
     }
     table
-}
-
-/// All fields of a tree in Redis, by the keys that the store itself would use.
-pub async fn tree(redis: &mut MultiplexedConnection, keys: &Keys) -> std::collections::BTreeMap<String, String> {
-    soon("read a tree", redis::cmd("HGETALL").arg(&keys.tree).query_async(redis)).await.unwrap()
 }

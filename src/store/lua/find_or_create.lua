@@ -22,7 +22,8 @@
 --   <id>.<name>                          the fields of an object, JSON
 --
 -- Returns { service_id, created, state_id, created [, task_id, created] }, created being 1 or 0.
--- Returns the error BADTREE if a pointer cannot be read: someone else wrote to the tree.
+-- Returns the error BADTREE if a pointer cannot be read, and BADSEQUENCE if the next id would not be one: someone else
+-- wrote to the tree or to the sequence.
 --
 -- Safe to repeat: an entry that created anything is recognised by its token. It is told "created" again, and is not
 -- merged a second time, so that a repeat never overwrites what others have written since.
@@ -35,6 +36,8 @@ local bucket, identity, token, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local merge, associate = ARGV[5] == 'merge', ARGV[6] == '1'
 local has_task = ARGV[8] ~= ''
 local BUCKETS = 16384
+-- The last n whose id is below 2^53: ids beyond it are rounded, and two objects would share one.
+local LAST = 2 ^ 39 - 1
 -- Lua hands at most some 8,000 values to one call.
 local CHUNK = 4000
 
@@ -47,8 +50,8 @@ local missing, applied = 0, false
 for kind = 1, #kinds do
   local pointer = pointers[kind]
   if pointer then
-    local id = string.match(pointer, '^(%d+):%x+$')
-    if not id then
+    local id = string.match(pointer, '^([1-9]%d*):%x+$')
+    if not id or #id > 16 then
       return redis.error_reply('BADTREE the pointer of a ' .. string.match(kinds[kind], '^%a+') .. ' cannot be read')
     end
     ids[kind] = id
@@ -75,6 +78,9 @@ end
 local n = 0
 if missing > 0 then
   n = redis.call('INCRBY', SEQUENCE, missing) - missing
+  if n < 0 or n + missing > LAST then
+    return redis.error_reply('BADSEQUENCE the sequence of bucket ' .. bucket .. ' gives no id')
+  end
 end
 
 local first = 0

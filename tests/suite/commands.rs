@@ -1,0 +1,244 @@
+//! The command line: `send`, `check`, wrong settings, and exit codes that scripts can rely on.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::harness::{Ended, PROGRAM, Space, amqp_url, body, entry, run};
+
+/// `check` must be done by then.
+const CHECK_LIMIT: Duration = Duration::from_secs(5);
+
+fn file(text: &str) -> (tempfile::NamedTempFile, String) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    let path = file.path().to_str().unwrap().to_owned();
+    (file, path)
+}
+
+fn created(answer: &Ended) -> Value {
+    let body: Value = serde_json::from_str(&answer.stdout).unwrap_or_else(|_| panic!("{:?}", answer.stdout));
+    body["services"][0]["service"]["created"].clone()
+}
+
+#[tokio::test]
+async fn send_prints_the_reply_and_beside_it_status_and_location() {
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let body = body(&[entry("C", "t", "s", "k")]);
+    let (_file, path) = file(&body);
+    let from_file = space.run(&["send", &path], &[], "").await;
+    let from_stdin = space.run(&["send", "-"], &[], &body).await;
+    for (answer, flag) in [(from_file, "true"), (from_stdin, "false")] {
+        assert_eq!((answer.code, created(&answer)), (Some(0), flag.into()));
+        assert_eq!(answer.stdout.lines().count(), 1);
+        let notes: Vec<_> = answer.stderr.lines().collect();
+        assert_eq!((notes.len(), notes[0]), (2, "status: 200"), "{notes:?}");
+        assert!(notes[1].starts_with("location: /genesys/1/cs/services/"), "{notes:?}");
+    }
+}
+
+#[tokio::test]
+async fn send_ends_with_1_on_a_refusal() {
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let refused = space.run(&["send", "-"], &[], "{}").await;
+    assert_eq!((refused.code, &*refused.stderr), (Some(1), "status: 400\n"));
+    assert_eq!(refused.stdout, "{\"message\":\"services: required\",\"exception\":\"InvalidRequest\"}\n");
+}
+
+#[tokio::test]
+async fn send_names_its_request_and_its_tenant_where_told() {
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let body = body(&[entry("C", "t", "s", "k")]);
+    let cases: [(&[&str], &str); 5] = [
+        (&["--message-id", "m1"], "true"),
+        (&[], "false"),
+        (&["--message-id", "m1"], "true"),
+        (&["--header", "ContactCenterId=acme", "--header", "GroupId=a=b"], "true"),
+        (&["--header", "ContactCenterId=acme"], "true"),
+    ];
+    for (arguments, flag) in cases {
+        let answer = space.run(&[&["send", "-"], arguments].concat(), &[], &body).await;
+        assert_eq!((answer.code, created(&answer)), (Some(0), flag.into()), "{arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn send_ends_with_3_and_one_line_when_there_is_no_answer() {
+    let space = Space::new();
+    let nobody = space.run(&["send", "-"], &[], "{}").await;
+    assert_eq!((nobody.code, &*nobody.stdout), (Some(3), ""));
+    assert_eq!(
+        nobody.stderr,
+        format!("composite-start: no answer: {}: no such queue: has a worker been started?\n", space.queue)
+    );
+
+    assert!(space.worker().await.drain().await.success());
+    let silence = space.run(&["send", "-", "--timeout", "1"], &[], "{}").await;
+    assert_eq!((silence.code, &*silence.stdout), (Some(3), ""));
+    assert_eq!(silence.stderr, "composite-start: no answer in 1 s: is a worker running on this queue?\n");
+
+    let (_listener, port) = mute_server();
+    let url = format!("amqp://guest:hunter2@127.0.0.1:{port}/%2f");
+    let mute = space.run(&["send", "-", "--timeout", "1"], &[("amqp.url", &url)], "{}").await;
+    assert_eq!((mute.code, mute.stderr.lines().count()), (Some(3), 1), "{}", mute.stderr);
+    assert!(!mute.stderr.contains("hunter2"));
+}
+
+#[tokio::test]
+async fn send_ends_with_2_when_it_has_nothing_to_send_or_is_called_wrongly() {
+    let space = Space::new();
+    let missing = space.run(&["send", "/no/such/file"], &[], "").await;
+    assert_eq!((missing.code, missing.stderr.lines().count()), (Some(2), 1));
+    assert!(missing.stderr.contains("/no/such/file: No such file"), "{}", missing.stderr);
+    let wrong: [&[&str]; 6] = [
+        &["send"],
+        &["send", "-", "--timeout", "0"],
+        &["send", "-", "--timeout", "soon"],
+        &["send", "-", "--header", "novalue"],
+        &["bogus"],
+        &[],
+    ];
+    for arguments in wrong {
+        let ended = space.run(arguments, &[], "{}").await;
+        assert_eq!((ended.code, &*ended.stdout), (Some(2), ""), "{arguments:?}: {}", ended.stderr);
+    }
+}
+
+#[tokio::test]
+async fn check_prints_settings_that_can_be_read_back_with_secrets_masked() {
+    let space = Space::new();
+    let url = amqp_url().replace("guest:guest", "guest:gu%65st");
+    let settings = [("amqp.url", &*url), ("amqp.prefetch", "17")];
+    let checked = space.run(&["check"], &settings, "").await;
+    assert_eq!((checked.code, &*checked.stderr), (Some(0), ""));
+    assert!(!checked.stdout.contains("gu%65st") && checked.stdout.contains("amqp://guest:***@"), "{}", checked.stdout);
+    assert!(checked.stdout.contains("prefetch = 17\n"));
+    // The printed settings are a settings file: only the masked password is wrong in it.
+    let (_file, path) = file(&checked.stdout);
+    let again = space.run(&["check", "--config", &path], &[("amqp.url", &url)], "").await;
+    assert_eq!((again.code, again.stdout), (Some(0), checked.stdout));
+}
+
+/// A server that takes connections and never says a word.
+fn mute_server() -> (TcpListener, u16) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+#[tokio::test]
+async fn check_names_the_server_that_does_not_work_and_the_cause_within_five_seconds() {
+    let space = Space::new();
+    let (listener, mute) = mute_server();
+    let closed = mute_server().1;
+    let amqp = |port: u16| format!("amqp://guest:hunter2@127.0.0.1:{port}/%2f");
+    let redis = |port: u16| format!("redis://:hunter2@127.0.0.1:{port}/0");
+    let cases = [
+        ("amqp.url", amqp(closed), format!("broker: amqp://guest:***@127.0.0.1:{closed}/%2f: Connection refused")),
+        ("amqp.url", amqp(mute), format!("broker: amqp://guest:***@127.0.0.1:{mute}/%2f: no answer in ")),
+        ("amqp.url", amqp_url().replace(":guest@", ":hunter2@"), "broker: amqp://guest:***@".to_owned()),
+        ("amqp.url", amqp_url().replace("%2f", "none"), "broker: amqp://guest:***@".to_owned()),
+        ("redis.url", redis(closed), format!("store: redis://:***@127.0.0.1:{closed}/0: Connection refused")),
+        ("redis.url", redis(mute), format!("store: redis://:***@127.0.0.1:{mute}/0: no answer in ")),
+    ];
+    for (key, url, told) in cases {
+        let begun = Instant::now();
+        let ended = space.run(&["check"], &[(key, &url)], "").await;
+        assert!(begun.elapsed() < CHECK_LIMIT, "{url} took {:?}", begun.elapsed());
+        assert_eq!((ended.code, &*ended.stdout, ended.stderr.lines().count()), (Some(1), "", 1), "{}", ended.stderr);
+        assert!(ended.stderr.starts_with(&format!("composite-start: {told}")), "{}", ended.stderr);
+        assert!(!ended.stderr.contains("hunter2"), "{}", ended.stderr);
+    }
+    drop(listener);
+}
+
+#[tokio::test]
+async fn check_with_both_servers_mute_still_takes_less_than_five_seconds() {
+    let (_broker, broker_port) = mute_server();
+    let (_store, store_port) = mute_server();
+    let (amqp, redis) = (format!("amqp://127.0.0.1:{broker_port}"), format!("redis://127.0.0.1:{store_port}"));
+    let begun = Instant::now();
+    let ended = Space::new().run(&["check"], &[("amqp.url", &amqp), ("redis.url", &redis)], "").await;
+    assert!(begun.elapsed() < CHECK_LIMIT, "{:?}", begun.elapsed());
+    assert_eq!(
+        (ended.code, ended.stderr.starts_with("composite-start: broker: ")),
+        (Some(1), true),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[tokio::test]
+async fn a_wrong_setting_ends_every_command_with_2_and_one_line_before_any_connection() {
+    let space = Space::new();
+    let (listener, port) = mute_server();
+    listener.set_nonblocking(true).unwrap();
+    let (amqp, redis) = (format!("amqp://u:hunter2@127.0.0.1:{port}"), format!("redis://:hunter2@127.0.0.1:{port}"));
+    let wrong = [
+        ("amqp.prefetch", "0"),
+        ("amqp.prefetsch", "1"),
+        ("amqp.queue", "amq.mine"),
+        ("amqp.queue_type", "stream"),
+        ("redis.key_prefix", "a{b}"),
+        ("store.on_found", "overwrite"),
+        ("reply.flags", "yes"),
+        ("limits.entries", "many"),
+        ("worker.drain_seconds", "-1"),
+        ("log.format", "xml"),
+        ("http.listen", "everywhere"),
+    ];
+    for (key, value) in wrong {
+        let settings = [("amqp.url", &*amqp), ("redis.url", &redis), (key, value)];
+        for command in [&["worker"][..], &["check"], &["send", "-"]] {
+            let ended = space.run(command, &settings, "{}").await;
+            assert_eq!((ended.code, &*ended.stdout), (Some(2), ""), "{command:?} {key}");
+            assert_is_one_line_about(key, &ended.stderr);
+        }
+    }
+    assert!(listener.accept().is_err(), "somebody connected");
+}
+
+fn assert_is_one_line_about(key: &str, stderr: &str) {
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with(&format!("composite-start: {key}: ")), "{stderr}");
+    assert!(!stderr.contains("hunter2"), "{stderr}");
+}
+
+#[test]
+fn a_wrong_setting_in_a_file_is_named_too() {
+    let cases = [
+        ("[amqp]\nprefetsch = 1\n", "amqp.prefetsch"),
+        ("[amqp]\nprefetch = 70000\n", "amqp.prefetch"),
+        ("[amqp]\nurl = \"http://u:hunter2@h\"\n", "amqp.url"),
+        ("[amqp]\nurl = 5\n", "amqp.url"),
+        ("[redis]\nurl = \"u:hunter2@h\"\n", "redis.url"),
+        ("[reply]\nbase_uri = \"/x/\"\n", "reply.base_uri"),
+        ("[queue]\nname = 1\n", "queue"),
+    ];
+    for (text, key) in cases {
+        let (_file, path) = file(text);
+        assert_is_one_line_about(key, &check_with_file_alone(&path));
+    }
+    assert_is_one_line_about("--config", &check_with_file_alone("/no/such/file.toml"));
+    let (_file, no_toml) = file("[amqp");
+    assert_eq!(check_with_file_alone(&no_toml).lines().count(), 1);
+}
+
+/// What `check` says of a wrong file. The environment is empty: what it says stands above the file.
+fn check_with_file_alone(path: &str) -> String {
+    let output = Command::new(PROGRAM).args(["check", "--config", path]).env_clear().output().unwrap();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(2), &b""[..]), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[tokio::test]
+async fn the_version_is_that_of_the_package() {
+    let ended = run(&["--version"], &[], "").await;
+    assert_eq!((ended.code, ended.stdout), (Some(0), format!("composite-start {}\n", env!("CARGO_PKG_VERSION"))));
+}
