@@ -51,8 +51,9 @@ async fn demo() -> Outcome<()> {
     let connection = within("connect", Connection::connect(&url, ConnectionProperties::default())).await?;
     wait_for_workers(&connection, workers).await?;
     let mut client = Client::open(&connection).await?;
-    show_the_example(&mut client).await?;
-    send_many(&mut client).await?;
+    let example = serde_json::from_str(EXAMPLE)?;
+    show_the_example(&mut client, &example).await?;
+    send_many(&mut client, &example).await?;
     within("close", connection.close(200, "OK".into())).await
 }
 
@@ -75,16 +76,15 @@ async fn wait_for_workers(connection: &Connection, wanted: u32) -> Outcome<()> {
 
 // ---- the published example, three times
 
-async fn show_the_example(client: &mut Client) -> Outcome<()> {
-    let example: Value = serde_json::from_str(EXAMPLE)?;
-    let first = show(client, "The published example: all is new", &example).await?;
+async fn show_the_example(client: &mut Client, example: &Value) -> Outcome<()> {
+    let first = show(client, "The published example: all is new", example).await?;
     ensure(first.created == [true, true, true], "this should have created all three")?;
 
-    let again = show(client, "The same content as a new request: all is found", &example).await?;
+    let again = show(client, "The same content as a new request: all is found", example).await?;
     ensure(again.created == [false, false, false], "this should have created nothing")?;
     ensure(again.ids == first.ids, "this should have found what the first request created")?;
 
-    let mut another = example;
+    let mut another = example.clone();
     another["services"][0]["state"]["state_type"] = json!("MyState2");
     let another = show(client, "The same with another state: only that is new", &another).await?;
     ensure(another.created == [false, true, false], "this should have created a state and nothing else")?;
@@ -111,9 +111,8 @@ async fn show(client: &mut Client, title: &str, body: &Value) -> Outcome<Answer>
 
 // ---- many requests
 
-async fn send_many(client: &mut Client) -> Outcome<()> {
+async fn send_many(client: &mut Client, example: &Value) -> Outcome<()> {
     headline(&format!("{} requests, at most {OUTSTANDING} unanswered at a time", HumanCount(REQUESTS.into())));
-    let example: Value = serde_json::from_str(EXAMPLE)?;
     let bar = ProgressBar::new(REQUESTS.into())
         .with_style(ProgressStyle::with_template("  {bar:50} {human_pos} of {human_len}, {per_sec}")?);
     let mut requests = (0..REQUESTS).map(Request::new);
@@ -123,7 +122,7 @@ async fn send_many(client: &mut Client) -> Outcome<()> {
     while tally.answered < REQUESTS {
         let room = OUTSTANDING as usize - unanswered.len();
         let batch: Vec<Request> = requests.by_ref().take(room).collect();
-        let bodies: Vec<Value> = batch.iter().map(|request| request.body(&example)).collect();
+        let bodies: Vec<Value> = batch.iter().map(|request| request.body(example)).collect();
         let sent = Instant::now();
         let numbers = try_join_all(bodies.iter().map(|body| client.send(body))).await?;
         unanswered.extend(numbers.into_iter().zip(batch.into_iter().map(|request| (request, sent))));

@@ -19,9 +19,6 @@ use crate::reply::{Refusal, Reply};
 
 /// Headers that a reply takes over from its request: the trace goes on (W3C Trace Context).
 const CARRIED_ON: [&str; 2] = ["traceparent", "tracestate"];
-/// Headers by which a publisher makes the broker deliver to more queues: a copy for the dead letters must not.
-const SENDER_SELECTED: [&str; 2] = ["CC", "BCC"];
-
 /// Publishes on one connection.
 pub struct Publisher {
     replies: Channel,
@@ -91,12 +88,7 @@ impl Publisher {
 
     /// Sends a copy of `request` to the dead letters, with the reason in its headers.
     pub fn dead_letter(&self, request: &Delivery, refusal: &Refusal) -> Publication {
-        let mut headers = FieldTable::default();
-        for (name, value) in request.headers().into_iter().flat_map(FieldTable::inner) {
-            if !SENDER_SELECTED.contains(&name.as_str()) {
-                headers.insert(name.clone(), value.clone());
-            }
-        }
+        let mut headers = request.headers().cloned().unwrap_or_default();
         headers.insert("x-refusal-status".into(), AMQPValue::LongInt(refusal.exception.status().into()));
         headers.insert("x-refusal-message".into(), AMQPValue::LongString(refusal.message.as_str().into()));
         let properties = dead_letter_properties(request.properties()).with_headers(headers);

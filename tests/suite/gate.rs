@@ -7,30 +7,27 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use url::Url;
 
 /// Stands for a server, on a port of its own.
 pub(crate) struct Gate {
     server: Url,
+    target: SocketAddr,
     port: u16,
     state: watch::Sender<State>,
     passages: Arc<Mutex<Vec<u16>>>,
+    /// There while it is open.
+    keeper: Mutex<Option<JoinHandle<()>>>,
     /// Bound and never listening: keeps the port ours while the gate is shut and connections are refused.
     _reserved: TcpSocket,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Position {
-    Shut,
-    Open,
-    AnswersHeld,
-}
-
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct State {
-    position: Position,
+    holds_answers: bool,
     /// Counts the times it was shut: a connection that lived through one must end, however short it was.
     shut: u32,
 }
@@ -49,10 +46,8 @@ impl Gate {
         let target = server.socket_addrs(|| None).unwrap()[0];
         let reserved = socket(0);
         let port = reserved.local_addr().unwrap().port();
-        let (state, watched) = watch::channel(State { position: Position::Shut, shut: 0 });
-        let passages = Arc::new(Mutex::new(Vec::new()));
-        tokio::spawn(keep(port, target, watched, Arc::clone(&passages)));
-        Self { server, port, state, passages, _reserved: reserved }
+        let (state, passages, keeper) = (watch::Sender::default(), Arc::default(), Mutex::default());
+        Self { server, target, port, state, passages, keeper, _reserved: reserved }
     }
 
     /// The server's address by way of the gate.
@@ -63,24 +58,37 @@ impl Gate {
         url.into()
     }
 
-    /// Lets everything through, what was held first.
+    /// Lets everything through, what was held first. Nobody who comes after the call is refused.
     pub(crate) fn open(&self) {
-        self.state.send_modify(|state| state.position = Position::Open);
+        self.keeper.lock().unwrap().get_or_insert_with(|| {
+            let listener = socket(self.port).listen(64).unwrap();
+            tokio::spawn(keep(listener, self.target, self.state.subscribe(), Arc::clone(&self.passages)))
+        });
+        self.state.send_modify(|state| state.holds_answers = false);
     }
 
     /// Ends all connections and refuses new ones.
     pub(crate) fn shut(&self) {
-        self.state.send_modify(|state| *state = State { position: Position::Shut, shut: state.shut + 1 });
+        if let Some(keeper) = self.keeper.lock().unwrap().take() {
+            keeper.abort();
+        }
+        self.state.send_modify(|state| state.shut += 1);
     }
 
     /// The server hears everything and acts on it; what it says is held back.
     pub(crate) fn hold_answers(&self) {
-        self.state.send_modify(|state| state.position = Position::AnswersHeld);
+        self.state.send_modify(|state| state.holds_answers = true);
     }
 
     /// The ports from which the server has seen connections through the gate, in their order.
     pub(crate) fn passages(&self) -> Vec<u16> {
         self.passages.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.shut();
     }
 }
 
@@ -91,33 +99,23 @@ fn socket(port: u16) -> TcpSocket {
     socket
 }
 
-/// Listens whenever the gate is not shut; ends with the gate.
-async fn keep(port: u16, server: SocketAddr, mut state: watch::Receiver<State>, passages: Arc<Mutex<Vec<u16>>>) {
-    while state.wait_for(|state| state.position != Position::Shut).await.is_ok() {
-        let listener = socket(port).listen(64).unwrap();
-        loop {
-            let client = tokio::select! {
-                accepted = listener.accept() => accepted.unwrap().0,
-                shut = state.wait_for(|state| state.position == Position::Shut) => match shut {
-                    Ok(_) => break,
-                    Err(_) => return,
-                },
-            };
-            tokio::spawn(pass(client, server, state.clone(), Arc::clone(&passages)));
-        }
+async fn keep(
+    listener: TcpListener,
+    target: SocketAddr,
+    state: watch::Receiver<State>,
+    passages: Arc<Mutex<Vec<u16>>>,
+) {
+    loop {
+        let (client, _) = listener.accept().await.unwrap();
+        let server = TcpStream::connect(target).await.unwrap();
+        passages.lock().unwrap().push(server.local_addr().unwrap().port());
+        let shut = state.borrow().shut;
+        tokio::spawn(pass(client, server, shut, state.clone()));
     }
 }
 
 /// One connection through the gate, until either side or the gate ends it.
-async fn pass(
-    client: TcpStream,
-    server: SocketAddr,
-    mut state: watch::Receiver<State>,
-    passages: Arc<Mutex<Vec<u16>>>,
-) {
-    let shut = state.borrow().shut;
-    let server = TcpStream::connect(server).await.unwrap();
-    passages.lock().unwrap().push(server.local_addr().unwrap().port());
+async fn pass(client: TcpStream, server: TcpStream, shut: u32, mut state: watch::Receiver<State>) {
     for stream in [&client, &server] {
         stream.set_nodelay(true).unwrap();
     }
@@ -133,7 +131,7 @@ async fn pump(from: OwnedReadHalf, to: OwnedWriteHalf, mut held_by: Option<watch
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = read(&from, &mut buffer).await {
         if let Some(state) = &mut held_by
-            && state.wait_for(|state| state.position != Position::AnswersHeld).await.is_err()
+            && state.wait_for(|state| !state.holds_answers).await.is_err()
         {
             return;
         }
