@@ -157,10 +157,9 @@ impl Answering<'_> {
                 calls.push((index, Call::new(self.store.key_prefix(), &request.tenant, entry, digest.token(position))));
             }
         }
-        let mut results = self.patiently(&calls).await?.into_iter();
-        let entries_of =
-            |request: &Result<Parsed<'_>, Refusal>| request.as_ref().map_or(0, |p| p.request.entries.len());
-        Ok(requests.iter().map(|request| outcome(results.by_ref().take(entries_of(request)), self.settings)).collect())
+        let results = self.patiently(&calls).await?;
+        let entries_of = |parsed: &Parsed<'_>| parsed.request.entries.len();
+        Ok(outcomes(requests.iter().map(|request| request.as_ref().map_or(0, entries_of)), results))
     }
 
     /// Holds the calls while the store is away, at most `worker.hold_seconds`. An outage is two lines in the log.
@@ -194,8 +193,12 @@ impl Answering<'_> {
 
     /// The one place where an outcome becomes an ending.
     fn ending(&self, outcome: Outcome, delivery: &Delivery) -> Ending {
-        let has_address = delivery.message().reply_to.is_some();
-        match (outcome, has_address) {
+        let message = delivery.message();
+        if let Outcome::Failed(Refusal { message: cause, .. }) = &outcome {
+            let (message_id, correlation_id) = (message.message_id, message.correlation_id);
+            error!(cause, message_id, correlation_id, "a request failed in the store and is dead-lettered");
+        }
+        match (outcome, message.reply_to.is_some()) {
             (Outcome::Answered(found), true) => Ending::Reply(Reply::success(&found, &self.settings.reply)),
             (Outcome::Answered(_), false) => Ending::Nothing,
             (Outcome::Refused(refusal), true) => Ending::Reply(Reply::from(&refusal)),
@@ -244,16 +247,19 @@ enum Ending {
     Nothing,
 }
 
-fn outcome(entries: impl Iterator<Item = Result<Found, EntryFailure>>, settings: &Settings) -> Outcome {
-    // Every entry has run by now, so the first failure speaks for the request.
-    let mut found = Vec::new();
-    for (index, entry) in entries.enumerate() {
+/// Deals the results of a batch out to its requests, the next of which has so many entries.
+fn outcomes(entries: impl Iterator<Item = usize>, results: Vec<Result<Found, EntryFailure>>) -> Vec<Outcome> {
+    let mut results = results.into_iter();
+    entries.map(|count| outcome(results.by_ref().take(count).collect())).collect()
+}
+
+/// Every entry has run by now, so the first failure speaks for the request.
+fn outcome(entries: Vec<Result<Found, EntryFailure>>) -> Outcome {
+    let mut found = Vec::with_capacity(entries.len());
+    for (index, entry) in entries.into_iter().enumerate() {
         match entry {
             Ok(entry) => found.push(entry),
-            Err(failure) => {
-                error!(%failure, entry = index, queue = settings.amqp.queue, "an entry failed in the store; the request is dead-lettered");
-                return Outcome::Failed(Refusal::internal(format!("services[{index}]: {failure}")));
-            }
+            Err(failure) => return Outcome::Failed(Refusal::internal(format!("services[{index}]: {failure}"))),
         }
     }
     Outcome::Answered(found)
@@ -343,4 +349,48 @@ impl FreshNumbers {
 /// Ends when `stop` turns true, or when nobody can turn it any more.
 pub(crate) async fn stopped(mut stop: watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Object;
+
+    fn found(id: u64) -> Found {
+        let object = Object { id, created: true };
+        Found { service: object, state: object, task: None }
+    }
+
+    #[test]
+    fn a_failed_entry_costs_its_own_request_and_the_neighbours_keep_their_results() {
+        let failure = || Err(EntryFailure::from("WRONGTYPE".to_owned()));
+        let results = vec![Ok(found(1)), failure(), Ok(found(3)), failure(), Ok(found(5)), Ok(found(6))];
+        let dealt = outcomes([1, 3, 0, 1, 1].into_iter(), results);
+        let described: Vec<_> = dealt
+            .iter()
+            .map(|outcome| match outcome {
+                Outcome::Answered(found) => found.iter().map(|found| found.service.id.to_string()).collect(),
+                Outcome::Refused(refusal) | Outcome::Failed(refusal) => vec![refusal.message.clone()],
+            })
+            .collect();
+        let failed = "services[0]: WRONGTYPE".to_owned();
+        assert_eq!(described, [vec!["1".to_owned()], vec![failed], vec![], vec!["5".into()], vec!["6".into()]]);
+    }
+
+    #[test]
+    fn a_request_is_acknowledged_only_when_what_it_became_is_safe() {
+        use Fate::{Confirmed, Nacked, Returned};
+        let word = |reply, dead_letter| match settlement(reply, dead_letter) {
+            Settlement::Acknowledge => "acknowledge",
+            Settlement::GiveBack => "give back",
+            Settlement::StartOver => "start over",
+        };
+        for reply in [None, Some(Confirmed), Some(Returned)] {
+            assert_eq!([word(reply, None), word(reply, Some(Confirmed))], ["acknowledge"; 2]);
+        }
+        assert_eq!([word(Some(Nacked), None), word(Some(Nacked), Some(Confirmed))], ["give back"; 2]);
+        for reply in [None, Some(Confirmed), Some(Returned), Some(Nacked)] {
+            assert_eq!([word(reply, Some(Returned)), word(reply, Some(Nacked))], ["start over"; 2]);
+        }
+    }
 }

@@ -61,6 +61,12 @@ pub struct Unavailable(String);
 #[error("{0}")]
 pub struct EntryFailure(String);
 
+impl From<String> for EntryFailure {
+    fn from(cause: String) -> Self {
+        Self(cause)
+    }
+}
+
 /// The store, and its connection while it has one.
 pub struct Store {
     address: SecretUrl,
