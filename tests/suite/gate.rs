@@ -18,11 +18,22 @@ pub(crate) struct Gate {
     target: SocketAddr,
     port: u16,
     state: watch::Sender<State>,
-    passages: Arc<Mutex<Vec<u16>>>,
+    passages: Passages,
     /// There while it is open.
     keeper: Mutex<Option<JoinHandle<()>>>,
     /// Bound and never listening: keeps the port ours while the gate is shut and connections are refused.
     _reserved: TcpSocket,
+}
+
+type Passages = Arc<Mutex<Vec<Passage>>>;
+
+/// A connection through the gate.
+#[derive(Clone)]
+pub(crate) struct Passage {
+    /// The port from which the server sees it.
+    pub(crate) port: u16,
+    /// The last that the server said on it.
+    pub(crate) last_words: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -80,8 +91,8 @@ impl Gate {
         self.state.send_modify(|state| state.holds_answers = true);
     }
 
-    /// The ports from which the server has seen connections through the gate, in their order.
-    pub(crate) fn passages(&self) -> Vec<u16> {
+    /// All connections that came through the gate, in their order.
+    pub(crate) fn passages(&self) -> Vec<Passage> {
         self.passages.lock().unwrap().clone()
     }
 }
@@ -99,37 +110,50 @@ fn socket(port: u16) -> TcpSocket {
     socket
 }
 
-async fn keep(
-    listener: TcpListener,
-    target: SocketAddr,
-    state: watch::Receiver<State>,
-    passages: Arc<Mutex<Vec<u16>>>,
-) {
+async fn keep(listener: TcpListener, target: SocketAddr, state: watch::Receiver<State>, passages: Passages) {
     loop {
         let (client, _) = listener.accept().await.unwrap();
         let server = TcpStream::connect(target).await.unwrap();
-        passages.lock().unwrap().push(server.local_addr().unwrap().port());
+        let number = {
+            let mut passages = passages.lock().unwrap();
+            passages.push(Passage { port: server.local_addr().unwrap().port(), last_words: Vec::new() });
+            passages.len() - 1
+        };
+        let passages = Arc::clone(&passages);
+        let heard = move |bytes: &[u8]| bytes.clone_into(&mut passages.lock().unwrap()[number].last_words);
         let shut = state.borrow().shut;
-        tokio::spawn(pass(client, server, shut, state.clone()));
+        tokio::spawn(pass(client, server, shut, state.clone(), heard));
     }
 }
 
 /// One connection through the gate, until either side or the gate ends it.
-async fn pass(client: TcpStream, server: TcpStream, shut: u32, mut state: watch::Receiver<State>) {
+async fn pass(
+    client: TcpStream,
+    server: TcpStream,
+    shut: u32,
+    mut state: watch::Receiver<State>,
+    heard: impl FnMut(&[u8]),
+) {
     for stream in [&client, &server] {
         stream.set_nodelay(true).unwrap();
     }
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
     tokio::select! {
-        () = pump(from_client, to_server, None) => {}
-        () = pump(from_server, to_client, Some(state.clone())) => {}
+        () = pump(from_client, to_server, None, |_| ()) => {}
+        () = pump(from_server, to_client, Some(state.clone()), heard) => {}
         _ = state.wait_for(|state| state.shut != shut) => {}
     }
 }
 
-async fn pump(from: OwnedReadHalf, to: OwnedWriteHalf, mut held_by: Option<watch::Receiver<State>>) {
+async fn pump(
+    from: OwnedReadHalf,
+    to: OwnedWriteHalf,
+    mut held_by: Option<watch::Receiver<State>>,
+    mut heard: impl FnMut(&[u8]),
+) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = read(&from, &mut buffer).await {
+        heard(&buffer[..read]);
         if let Some(state) = &mut held_by
             && state.wait_for(|state| !state.holds_answers).await.is_err()
         {
