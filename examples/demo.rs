@@ -1,8 +1,8 @@
 //! The client of `make demo`: sends the published example three times and shows the replies, then 20,000 requests, and
 //! checks every answer.
 //!
-//! By hand: `scripts/with-servers scripts/with-workers 1 target/release/examples/demo`. The argument is how many workers
-//! to wait for. The store must be empty: the first request has to create what it names.
+//! By hand: `scripts/with-servers scripts/with-workers 1 target/demo/composite-start target/demo/examples/demo`. An
+//! argument is how many workers to wait for. The store must be empty: the first request has to create what it names.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a demo speaks to the person before the screen")]
 
 use std::cell::Cell;
