@@ -98,7 +98,8 @@ async fn send_one(settings: &Settings, arguments: &SendArguments) -> ExitCode {
         Ok(Sent::Answered) => ExitCode::SUCCESS,
         Ok(Sent::Refused) => ExitCode::from(FAILED),
         Err(error @ (SendError::Broker(_) | SendError::Timeout(_))) => fail(NO_ANSWER, &error),
-        Err(error) => fail(WRONG_SETTINGS, &error),
+        Err(error @ SendError::Output(_)) => fail(FAILED, &error),
+        Err(error @ SendError::Input { .. }) => fail(WRONG_SETTINGS, &error),
     }
 }
 

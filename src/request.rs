@@ -159,7 +159,7 @@ fn header_text<'a>(name: &str, header: &Header<'a>) -> Result<Cow<'a, str>, Refu
     match header {
         Header::Absent => Ok(Cow::Borrowed("")),
         Header::Text(text) => Ok(text.clone()),
-        Header::NotText => Err(Refusal::invalid(format!("headers.{name}: must be a text in UTF-8"))),
+        Header::NotText => Err(Refusal::invalid(format!("headers.{name}: must be a text in UTF-8 or an integer"))),
     }
 }
 

@@ -23,14 +23,10 @@ use crate::worker::{Stopped, Worker, stopped};
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The drain took longer than `worker.drain_seconds`, or a connection broke during it.
-    #[error(
-        "{left} requests were not finished when the drain ended ({drain_seconds} s at most); they go back to the queue"
-    )]
+    #[error("{left} requests were taken up and not finished when the drain ended; they go back to the queue")]
     NotDrained {
         /// Requests still in hand.
         left: usize,
-        /// `worker.drain_seconds`
-        drain_seconds: u64,
     },
     /// At the start the queues were not as the settings want them.
     #[error("{0}")]
@@ -75,7 +71,7 @@ async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) -> Result<(
                 match session.run(settings, &mut store, stop.clone()).await {
                     End::Drained => return Ok(()),
                     End::NotDrained { left } => {
-                        return Err(RunError::NotDrained { left, drain_seconds: settings.worker.drain_seconds });
+                        return Err(RunError::NotDrained { left });
                     }
                     End::Stopped(cause) => cause.to_string(),
                 }
@@ -131,14 +127,18 @@ impl Session {
             stopped(stop.clone()).await;
             sleep(Duration::from_secs(settings.worker.drain_seconds)).await;
         };
-        let worker = Worker::new(settings, store, self.endpoints, &in_hand);
+        let Self { broker, mut endpoints } = self;
+        let worker = Worker::new(settings, store, &mut endpoints, &in_hand);
         let end = tokio::select! {
             biased;
             ended = worker.work(stop.clone()) => ended.map_or_else(End::Stopped, |()| End::Drained),
-            lost = self.broker.lost() => End::Stopped(lost.into()),
+            lost = broker.lost() => End::Stopped(lost.into()),
             () = drain_deadline => End::NotDrained { left: in_hand.load(Ordering::Relaxed) },
         };
-        self.broker.close().await;
+        // The connections before their channels: a channel that is dropped closes itself, and lapin takes what it still
+        // sends on a closing connection for an error that breaks the connection off.
+        broker.close().await;
+        drop(endpoints);
         match end {
             // Told to stop while the connection broke: what was in hand is in the queue again, nothing is left to do.
             End::Stopped(_) if *stop.borrow() => match in_hand.load(Ordering::Relaxed) {

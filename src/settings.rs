@@ -193,6 +193,10 @@ impl fmt::Display for SecretUrl {
                 if url.password().is_some() && url.set_password(Some("***")).is_err() {
                     return f.write_str("***");
                 }
+                // Redis takes a password there too, for a socket: redis+unix:///path?pass=…
+                if url.query_pairs().any(|(name, _)| !matches!(&*name, "db" | "protocol" | "heartbeat")) {
+                    url.set_query(Some("***"));
+                }
                 f.write_str(url.as_str())
             }
             _ => f.write_str("***"),
@@ -475,7 +479,7 @@ mod tests {
 
     #[test]
     fn a_secret_is_printed_by_no_means() {
-        for url in ["amqp://u:hunter2@h/%2f", "amqp://u:hunter2@h:99999/", "u:hunter2@h"] {
+        for url in ["amqp://u:hunter2@h/%2f", "amqp://u:hunter2@h:99999/", "u:hunter2@h", "unix:///s?pass=hunter2"] {
             let secret = SecretUrl(url.to_owned());
             let shown = format!("{secret} {secret:?} {}", serde_json::to_string(&secret).unwrap());
             assert!(!shown.contains("hunter2"), "{shown}");

@@ -56,17 +56,19 @@ pub enum Stopped {
 pub struct Worker<'a> {
     settings: &'a Settings,
     store: &'a mut Store,
-    consumer: Consumer,
-    publisher: Publisher,
-    acknowledger: Acknowledger,
+    endpoints: &'a mut Endpoints,
     in_hand: &'a AtomicUsize,
 }
 
 impl<'a> Worker<'a> {
     /// A worker on `endpoints`; `in_hand` counts the requests it has taken and not settled.
-    pub fn new(settings: &'a Settings, store: &'a mut Store, endpoints: Endpoints, in_hand: &'a AtomicUsize) -> Self {
-        let Endpoints { consumer, publisher, acknowledger } = endpoints;
-        Self { settings, store, consumer, publisher, acknowledger, in_hand }
+    pub fn new(
+        settings: &'a Settings,
+        store: &'a mut Store,
+        endpoints: &'a mut Endpoints,
+        in_hand: &'a AtomicUsize,
+    ) -> Self {
+        Self { settings, store, endpoints, in_hand }
     }
 
     /// Works. When `stop` turns true, takes no more requests and returns once those in hand are settled.
@@ -74,7 +76,7 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// Why it [`Stopped`]; what was not settled goes back to the queue with the connection.
     pub async fn work(self, stop: watch::Receiver<bool>) -> Result<(), Stopped> {
-        let Self { settings, store, consumer, publisher, acknowledger, in_hand } = self;
+        let Self { settings, store, endpoints: Endpoints { consumer, publisher, acknowledger }, in_hand } = self;
         let (published, to_settle) = mpsc::channel(settings.amqp.prefetch.into());
         let answering = Answering { settings, store, publisher, in_hand, numbers: FreshNumbers::new() };
         let settling = Settling { acknowledger, in_hand };
@@ -87,7 +89,7 @@ impl<'a> Worker<'a> {
 struct Answering<'a> {
     settings: &'a Settings,
     store: &'a mut Store,
-    publisher: Publisher,
+    publisher: &'a Publisher,
     in_hand: &'a AtomicUsize,
     numbers: FreshNumbers,
 }
@@ -95,7 +97,7 @@ struct Answering<'a> {
 impl Answering<'_> {
     async fn answer_all(
         mut self,
-        mut consumer: Consumer,
+        consumer: &mut Consumer,
         published: mpsc::Sender<Vec<Published>>,
         stop: watch::Receiver<bool>,
     ) -> Result<(), Stopped> {
@@ -132,12 +134,10 @@ impl Answering<'_> {
     /// The way of a batch, in reading order.
     async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<Published>, Stopped> {
         let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
-        let found = self.find_or_create(&requests).await?;
-        let outcomes = requests.into_iter().zip(found).map(|(request, found)| match request {
-            Ok(_) => found,
-            Err(refusal) => Outcome::Refused(refusal),
-        });
-        let endings: Vec<_> = outcomes.zip(&batch).map(|(outcome, delivery)| self.ending(outcome, delivery)).collect();
+        let results = self.find_or_create(&requests).await?;
+        let entries = requests.into_iter().map(|request| request.map(|parsed| parsed.request.entries.len()));
+        let outcomes = outcomes(entries, results).into_iter().zip(&batch);
+        let endings: Vec<_> = outcomes.map(|(outcome, delivery)| self.ending(outcome, delivery)).collect();
         Ok(batch.into_iter().zip(endings).map(|(delivery, ending)| self.publish(&delivery, ending)).collect())
     }
 
@@ -148,8 +148,11 @@ impl Answering<'_> {
         Ok(Parsed { digest: RequestDigest::new(&name, message.body), request })
     }
 
-    /// One outcome a request, in order; that of a refused one is not looked at.
-    async fn find_or_create(&mut self, requests: &[Result<Parsed<'_>, Refusal>]) -> Result<Vec<Outcome>, Stopped> {
+    /// One result an entry, in order, of the requests that were not refused.
+    async fn find_or_create(
+        &mut self,
+        requests: &[Result<Parsed<'_>, Refusal>],
+    ) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
         let mut calls = Vec::with_capacity(requests.len());
         for (index, parsed) in requests.iter().enumerate() {
             let Ok(Parsed { request, digest }) = parsed else { continue };
@@ -157,12 +160,11 @@ impl Answering<'_> {
                 calls.push((index, Call::new(self.store.key_prefix(), &request.tenant, entry, digest.token(position))));
             }
         }
-        let results = self.patiently(&calls).await?;
-        let entries_of = |parsed: &Parsed<'_>| parsed.request.entries.len();
-        Ok(outcomes(requests.iter().map(|request| request.as_ref().map_or(0, entries_of)), results))
+        self.patiently(&calls).await
     }
 
-    /// Holds the calls while the store is away, at most `worker.hold_seconds`. An outage is two lines in the log.
+    /// Holds the calls while the store is away, at most `worker.hold_seconds`: a line in the log when it goes, one when
+    /// it is back.
     async fn patiently(&mut self, calls: &[(usize, Call<'_>)]) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
         if calls.is_empty() {
             return Ok(Vec::new());
@@ -247,10 +249,18 @@ enum Ending {
     Nothing,
 }
 
-/// Deals the results of a batch out to its requests, the next of which has so many entries.
-fn outcomes(entries: impl Iterator<Item = usize>, results: Vec<Result<Found, EntryFailure>>) -> Vec<Outcome> {
+/// Deals the results of a batch out to its requests: the next has so many entries, or was refused.
+fn outcomes(
+    requests: impl Iterator<Item = Result<usize, Refusal>>,
+    results: Vec<Result<Found, EntryFailure>>,
+) -> Vec<Outcome> {
     let mut results = results.into_iter();
-    entries.map(|count| outcome(results.by_ref().take(count).collect())).collect()
+    requests
+        .map(|request| match request {
+            Ok(entries) => outcome(results.by_ref().take(entries).collect()),
+            Err(refusal) => Outcome::Refused(refusal),
+        })
+        .collect()
 }
 
 /// Every entry has run by now, so the first failure speaks for the request.
@@ -274,7 +284,7 @@ struct Published {
 
 /// The second half of a request's way: from published to acknowledged.
 struct Settling<'a> {
-    acknowledger: Acknowledger,
+    acknowledger: &'a Acknowledger,
     in_hand: &'a AtomicUsize,
 }
 
@@ -289,28 +299,36 @@ impl Settling<'_> {
         Ok(())
     }
 
+    /// What is settled is acknowledged even if the rest cannot be: it is not answered a second time.
     async fn settle(&self, batch: Vec<Published>) -> Result<(), BrokerError> {
         let mut last = None;
+        let settled = self.settle_each(batch, &mut last).await;
+        // Those given back are settled by now and not meant by it; the broker takes it for an error to name one of them.
+        let acknowledged = match last {
+            Some(last) => self.acknowledger.acknowledge_up_to(last).await,
+            None => Ok(()),
+        };
+        settled.and(acknowledged)
+    }
+
+    /// Sets `last` to the last delivery that may be acknowledged, with all before it.
+    async fn settle_each(&self, batch: Vec<Published>, last: &mut Option<u64>) -> Result<(), BrokerError> {
         for Published { tag, reply, dead_letter } in batch {
             let reply = confirmed(reply).await?;
             let dead_letter = confirmed(dead_letter).await?;
             match settlement(reply, dead_letter) {
-                Settlement::Acknowledge => last = Some(tag),
+                Settlement::Acknowledge => *last = Some(tag),
                 Settlement::GiveBack => self.acknowledger.give_back(tag).await?,
                 Settlement::StartOver => return Err(BrokerError::other("dead letter", "no queue took it")),
             }
         }
-        // Those given back are settled by now and not meant by it; the broker takes it for an error to name one of them.
-        match last {
-            Some(last) => self.acknowledger.acknowledge_up_to(last).await,
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
 enum Settlement {
     Acknowledge,
-    /// To the queue, which counts it.
+    /// To the queue, which hands it out again.
     GiveBack,
     /// The queues are not as they were declared.
     StartOver,
@@ -363,9 +381,10 @@ mod tests {
 
     #[test]
     fn a_failed_entry_costs_its_own_request_and_the_neighbours_keep_their_results() {
-        let failure = || Err(EntryFailure::from("WRONGTYPE".to_owned()));
+        let failure = || Err(EntryFailure("WRONGTYPE".to_owned()));
         let results = vec![Ok(found(1)), failure(), Ok(found(3)), failure(), Ok(found(5)), Ok(found(6))];
-        let dealt = outcomes([1, 3, 0, 1, 1].into_iter(), results);
+        let refused = Err(Refusal::invalid("no".into()));
+        let dealt = outcomes([Ok(1), Ok(3), refused, Ok(1), Ok(1)].into_iter(), results);
         let described: Vec<_> = dealt
             .iter()
             .map(|outcome| match outcome {
@@ -373,8 +392,8 @@ mod tests {
                 Outcome::Refused(refusal) | Outcome::Failed(refusal) => vec![refusal.message.clone()],
             })
             .collect();
-        let failed = "services[0]: WRONGTYPE".to_owned();
-        assert_eq!(described, [vec!["1".to_owned()], vec![failed], vec![], vec!["5".into()], vec!["6".into()]]);
+        let failed = "services[0]: WRONGTYPE";
+        assert_eq!(described, [["1"], [failed], ["no"], ["5"], ["6"]]);
     }
 
     #[test]

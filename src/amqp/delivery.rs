@@ -8,7 +8,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use super::frame_guard::UNREADABLE;
 use crate::request::{Header, Message};
 
-/// An unsettled request. What becomes of it is decided elsewhere; what settles it consumes it.
+/// An unsettled request. What becomes of it is decided elsewhere.
 #[derive(Debug)]
 pub struct Delivery(lapin::message::Delivery);
 

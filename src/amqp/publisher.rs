@@ -19,6 +19,7 @@ use crate::reply::{Refusal, Reply};
 
 /// Headers that a reply takes over from its request: the trace goes on (W3C Trace Context).
 const CARRIED_ON: [&str; 2] = ["traceparent", "tracestate"];
+
 /// Publishes on one connection.
 pub struct Publisher {
     replies: Channel,
@@ -44,9 +45,10 @@ impl Publication {
     /// Waits for the broker's word. The caller sets the limit.
     pub async fn fate(self) -> Result<Fate, BrokerError> {
         match self.0.await {
-            Ok(Confirmation::Ack(None) | Confirmation::NotRequested) => Ok(Fate::Confirmed),
+            Ok(Confirmation::Ack(None)) => Ok(Fate::Confirmed),
             Ok(Confirmation::Ack(Some(_))) => Ok(Fate::Returned),
             Ok(Confirmation::Nack(_)) => Ok(Fate::Nacked),
+            Ok(Confirmation::NotRequested) => Err(BrokerError::other("publish", "the channel gives no confirms")),
             Err(error) => Err(BrokerError::new("publish", error)),
         }
     }

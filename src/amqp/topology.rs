@@ -58,7 +58,7 @@ pub(super) async fn establish(connection: &Connection, settings: &Settings) -> R
     if settings.declare {
         topology.bind().await?;
     }
-    Ok(within(ANSWER_LIMIT, "close a channel", channel.close(200, "OK".into())).await?)
+    Ok(close_channel(&channel).await?)
 }
 
 /// Tells what [`establish`] would object to, and changes nothing: what exists is declared as it should be, which the
@@ -75,12 +75,17 @@ pub(super) async fn examine(connection: &Connection, settings: &Settings) -> Res
             examined => examined,
         };
         examined.map_err(|error| topology.explain(part, error))?;
+        close_channel(&channel).await?;
     }
     Ok(())
 }
 
 async fn open_channel(connection: &Connection) -> Result<Channel, BrokerError> {
     within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await
+}
+
+async fn close_channel(channel: &Channel) -> Result<(), BrokerError> {
+    within(ANSWER_LIMIT, "close a channel", channel.close(200, "OK".into())).await
 }
 
 /// What there is to declare, in this order: the request queue last, so that it never lacks its dead letters.

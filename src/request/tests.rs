@@ -534,7 +534,7 @@ fn the_headers_name_the_tenant_or_are_refused() {
     assert_eq!(from(text("acme"), Header::Absent), Ok(("acme".into(), "".into())));
     assert_eq!(from(Header::Absent, text("a/b%")), Ok(("".into(), "a/b%".into())));
     assert_eq!(from(text(""), text("7")), Ok(("".into(), "7".into())));
-    let told = |name: &str| Err(Refusal::invalid(format!("headers.{name}: must be a text in UTF-8")));
+    let told = |name: &str| Err(Refusal::invalid(format!("headers.{name}: must be a text in UTF-8 or an integer")));
     assert_eq!(from(Header::NotText, Header::Absent), told("ContactCenterId"));
     assert_eq!(from(text("acme"), Header::NotText), told("GroupId"));
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
+use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, Value};
 use tokio::time::timeout;
 
@@ -24,8 +25,10 @@ use script::{Call, FIND_OR_CREATE, read_answer};
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// To answer one pipeline. A call that took longer may still run, and may be repeated.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// A dead peer is noticed by the kernel after this long, even where nothing is sent.
+/// What was sent and stays unacknowledged this long ends the connection.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// Between the probes that find a dead peer where nothing is sent.
+const KEEPALIVE: Duration = Duration::from_secs(5);
 /// Calls in one pipeline, at most: so much is answered within the limit by the slowest server worth using.
 const PIPELINE_CALLS: usize = 512;
 /// Bytes in one pipeline, roughly at most, beyond its first call.
@@ -59,13 +62,7 @@ pub struct Unavailable(String);
 /// One entry failed for a reason that trying again does not change; its neighbours are not touched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct EntryFailure(String);
-
-impl From<String> for EntryFailure {
-    fn from(cause: String) -> Self {
-        Self(cause)
-    }
-}
+pub struct EntryFailure(pub(crate) String);
 
 /// The store, and its connection while it has one.
 pub struct Store {
@@ -316,7 +313,8 @@ fn argument_bytes(argument: &redis::Arg<&[u8]>) -> usize {
 /// RESP3, so that the end of a connection is noticed while nothing is asked; no delay before small writes.
 fn connection_info(url: &SecretUrl) -> redis::RedisResult<ConnectionInfo> {
     let info = url.expose().into_connection_info()?;
-    let tcp = TcpSettings::default().set_nodelay(true).set_user_timeout(SILENCE_LIMIT);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+    let tcp = TcpSettings::default().set_nodelay(true).set_user_timeout(SILENCE_LIMIT).set_keepalive(keepalive);
     let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
     Ok(info.set_tcp_settings(tcp).set_redis_settings(redis))
 }

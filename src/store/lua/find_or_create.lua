@@ -28,7 +28,7 @@
 -- Safe to repeat: an entry that created anything is recognised by its token. It is told "created" again, and is not
 -- merged a second time, so that a repeat never overwrites what others have written since.
 --
--- Everything is read and checked before the first write, and the tree is written last: a script that fails half way
+-- The tree is read and checked before anything is written, and it is written last: a script that fails half way
 -- (a key of another type, for instance) costs an unused id and never leaves half a service.
 
 local SEQUENCE, IDS, TREE = KEYS[1], KEYS[2], KEYS[3]
