@@ -70,9 +70,7 @@ async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) -> Result<(
                 info!(queue = settings.amqp.queue, prefetch = settings.amqp.prefetch, "consuming");
                 match session.run(settings, &mut store, stop.clone()).await {
                     End::Drained => return Ok(()),
-                    End::NotDrained { left } => {
-                        return Err(RunError::NotDrained { left });
-                    }
+                    End::NotDrained { left } => return Err(RunError::NotDrained { left }),
                     End::Stopped(cause) => cause.to_string(),
                 }
             }
@@ -113,7 +111,7 @@ enum End {
 }
 
 impl Session {
-    /// The store first: requests are taken only when they can be answered.
+    /// The store first: while it cannot be reached, no requests are taken.
     async fn open(settings: &Settings, store: &mut Store) -> Result<Self, OpenError> {
         store.connect().await?;
         let broker = Broker::connect(&settings.amqp.url).await?;

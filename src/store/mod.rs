@@ -101,7 +101,8 @@ impl Store {
         &self.key_prefix
     }
 
-    /// Connects anew, and loads the script: that the server is there, takes the login and may run it.
+    /// Connects anew, and loads the script: the server is there, takes the login and the script. Whether it takes writes
+    /// (it may be full, or a replica) only the first call tells.
     ///
     /// # Errors
     /// The store is [`Unavailable`], with its address and the cause.
