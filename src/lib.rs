@@ -21,6 +21,7 @@
 pub mod amqp;
 mod clock;
 pub mod command;
+mod fault;
 pub mod identity;
 pub mod reply;
 pub mod request;

@@ -3,9 +3,9 @@
 //! Every end of a connection, a channel or the consumer, and every silence, leads to the same: drop all of it, wait,
 //! and build it anew. What was in hand goes back to the queue, and a repeat gets the same answer.
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -15,9 +15,13 @@ use tracing::{info, warn};
 use crate::amqp::topology::TopologyError;
 use crate::amqp::{Broker, BrokerError, Endpoints};
 use crate::retry::Delays;
-use crate::settings::Settings;
+use crate::settings::{QueueType, Settings};
 use crate::store::{Store, Unavailable};
-use crate::worker::{Stopped, Worker, stopped};
+use crate::worker::{InHand, Stopped, Worker, stopped};
+
+/// For a quorum queue to take the last acknowledgements: while 32 of them are being replicated, RabbitMQ keeps those
+/// behind them with the channel, forgets them if that closes, and tells nobody. Their requests would be answered again.
+const LAST_ACKNOWLEDGEMENTS: Duration = Duration::from_millis(300);
 
 /// Why a worker ended otherwise than drained.
 #[derive(Debug, thiserror::Error)]
@@ -114,32 +118,35 @@ impl Session {
     /// The store first: while it cannot be reached, no requests are taken.
     async fn open(settings: &Settings, store: &mut Store) -> Result<Self, OpenError> {
         store.connect().await?;
-        let broker = Broker::connect(&settings.amqp.url).await?;
+        let mut broker = Broker::connect(&settings.amqp.url).await?;
         let endpoints = broker.open(&settings.amqp).await?;
         Ok(Self { broker, endpoints })
     }
 
     async fn run(self, settings: &Settings, store: &mut Store, stop: watch::Receiver<bool>) -> End {
-        let in_hand = AtomicUsize::new(0);
+        let in_hand = InHand::default();
         let drain_deadline = async {
             stopped(stop.clone()).await;
             sleep(Duration::from_secs(settings.worker.drain_seconds)).await;
         };
-        let Self { broker, mut endpoints } = self;
+        let Self { mut broker, mut endpoints } = self;
         let worker = Worker::new(settings, store, &mut endpoints, &in_hand);
         let end = tokio::select! {
             biased;
             ended = worker.work(stop.clone()) => ended.map_or_else(End::Stopped, |()| End::Drained),
             lost = broker.lost() => End::Stopped(lost.into()),
-            () = drain_deadline => End::NotDrained { left: in_hand.load(Ordering::Relaxed) },
+            () = drain_deadline => End::NotDrained { left: in_hand.count() },
         };
+        if matches!(end, End::Drained) && settings.amqp.queue_type == QueueType::Quorum {
+            sleep(LAST_ACKNOWLEDGEMENTS).await;
+        }
         // The connections before their channels: a channel that is dropped closes itself, and lapin takes what it still
         // sends on a closing connection for an error that breaks the connection off.
         broker.close().await;
         drop(endpoints);
         match end {
             // Told to stop while the connection broke: what was in hand is in the queue again, nothing is left to do.
-            End::Stopped(_) if *stop.borrow() => match in_hand.load(Ordering::Relaxed) {
+            End::Stopped(_) if *stop.borrow() => match in_hand.count() {
                 0 => End::Drained,
                 left => End::NotDrained { left },
             },
@@ -148,26 +155,28 @@ impl Session {
     }
 }
 
-/// An outage is a line when it begins, one when its cause changes, and one when it ends.
+/// An outage is a line when it begins, one for each further cause, and one when it ends.
 #[derive(Default)]
 struct Outage {
     since: Option<Instant>,
-    cause: String,
+    causes: HashSet<String>,
 }
 
 impl Outage {
+    /// Texts kept, at most: a server may put a number of its own into each of its objections.
+    const CAUSES: usize = 16;
+
     fn goes_on(&mut self, cause: &str) {
         self.since.get_or_insert_with(Instant::now);
-        if self.cause != cause {
+        if self.causes.len() < Self::CAUSES && self.causes.insert(cause.to_owned()) {
             warn!(cause, "not consuming; trying again until it works");
-            cause.clone_into(&mut self.cause);
         }
     }
 
     fn ends(&mut self) {
         if let Some(since) = self.since.take() {
             info!(seconds = since.elapsed().as_secs(), "the outage is over");
-            self.cause.clear();
+            self.causes.clear();
         }
     }
 }

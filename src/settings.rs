@@ -46,6 +46,8 @@ pub struct Amqp {
     pub queue_type: QueueType,
     /// Declare, or only check.
     pub declare: bool,
+    /// Work on a queue from which the broker drops what it gives up.
+    pub allow_loss: bool,
     /// Returns of one message before a quorum queue dead-letters it.
     pub delivery_limit: u32,
     /// Unacknowledged deliveries, at most.

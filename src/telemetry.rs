@@ -1,6 +1,7 @@
 //! Logs, on standard error.
 
 use std::io::IsTerminal;
+use std::panic::PanicHookInfo;
 
 use tracing_subscriber::EnvFilter;
 
@@ -17,4 +18,11 @@ pub fn init(settings: &Log) {
     };
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(is_terminal);
     let _ = if is_text { logs.try_init() } else { logs.json().flatten_event(true).try_init() };
+    std::panic::set_hook(Box::new(log_panic));
+}
+
+/// Where, and not what: the text of a panic may quote what a customer sent.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let place = panic.location().map(ToString::to_string);
+    tracing::error!(place, "a panic: please report it, with the request if it is in the dead letters");
 }

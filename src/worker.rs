@@ -8,33 +8,39 @@
 //! ```
 //!
 //! What it guards: a request is acknowledged only after its reply, or the dead letter it became, is confirmed by the
-//! broker. Whatever goes wrong in between ends the session, and the broker hands the request out again.
+//! broker. Whatever goes wrong in between ends the session, and the broker hands the request out again. A panic costs
+//! the request that it came from, and no other.
+//!
+//! `intake` decides what is handled next, `settling` is the second half.
+
+mod intake;
+mod settling;
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use futures_util::{FutureExt, TryFutureExt};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tracing::{error, info, warn};
 
-use crate::amqp::acknowledger::Acknowledger;
-use crate::amqp::consumer::Consumer;
 use crate::amqp::delivery::Delivery;
-use crate::amqp::publisher::{Fate, Publication, Publisher};
+use crate::amqp::publisher::Publisher;
+use crate::amqp::topology::Names;
 use crate::amqp::{BrokerError, Endpoints};
 use crate::clock;
+use crate::fault::{self, Point};
 use crate::identity::{RequestDigest, RequestName};
 use crate::reply::{Refusal, Reply};
-use crate::request::Request;
+use crate::request::{Message, Request};
 use crate::retry::Delays;
 use crate::settings::Settings;
 use crate::store::script::Call;
 use crate::store::{EntryFailure, Found, Store, Unavailable};
-
-/// For the broker to confirm what was published.
-const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
+use intake::{Intake, Taken};
+use settling::{Published, PublishedRequest, Settling};
 
 /// Why a worker stopped although nobody asked it to.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +48,14 @@ pub enum Stopped {
     /// The broker, or the connection to it.
     #[error(transparent)]
     Broker(#[from] BrokerError),
+    /// The broker took no replies for longer than requests are held.
+    #[error(
+        "the broker took nothing that is published for {held_seconds} s; the requests in hand go back to the queue"
+    )]
+    Blocked {
+        /// `worker.hold_seconds`
+        held_seconds: u64,
+    },
     /// The store was away for longer than requests are held.
     #[error("{cause}, for more than {held_seconds} s; the requests in hand go back to the queue")]
     StoreAway {
@@ -52,12 +66,37 @@ pub enum Stopped {
     },
 }
 
+/// How many requests a worker has taken and not settled.
+#[derive(Debug, Default)]
+pub struct InHand(watch::Sender<usize>);
+
+impl InHand {
+    /// The number now.
+    pub fn count(&self) -> usize {
+        *self.0.borrow()
+    }
+
+    fn add(&self, count: usize) {
+        self.0.send_modify(|number| *number += count);
+    }
+
+    fn remove(&self, count: usize) {
+        self.0.send_modify(|number| *number -= count);
+    }
+
+    /// Waits until there are so few.
+    async fn falls_to(&self, count: usize) {
+        let fallen = self.0.subscribe().wait_for(|number| *number <= count).await.map(drop);
+        fallen.expect("the sender is here");
+    }
+}
+
 /// Works until it is told to stop and everything in hand is settled.
 pub struct Worker<'a> {
     settings: &'a Settings,
     store: &'a mut Store,
     endpoints: &'a mut Endpoints,
-    in_hand: &'a AtomicUsize,
+    in_hand: &'a InHand,
 }
 
 impl<'a> Worker<'a> {
@@ -66,7 +105,7 @@ impl<'a> Worker<'a> {
         settings: &'a Settings,
         store: &'a mut Store,
         endpoints: &'a mut Endpoints,
-        in_hand: &'a AtomicUsize,
+        in_hand: &'a InHand,
     ) -> Self {
         Self { settings, store, endpoints, in_hand }
     }
@@ -76,12 +115,29 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// Why it [`Stopped`]; what was not settled goes back to the queue with the connection.
     pub async fn work(self, stop: watch::Receiver<bool>) -> Result<(), Stopped> {
-        let Self { settings, store, endpoints: Endpoints { consumer, publisher, acknowledger }, in_hand } = self;
+        let Self { settings, store, endpoints: Endpoints { consumer, publisher, acknowledger, valve }, in_hand } = self;
         let (published, to_settle) = mpsc::channel(settings.amqp.prefetch.into());
-        let answering = Answering { settings, store, publisher, in_hand, numbers: FreshNumbers::new() };
-        let settling = Settling { acknowledger, in_hand };
-        tokio::try_join!(answering.answer_all(consumer, published, stop), settling.settle_all(to_settle))?;
-        Ok(())
+        let intake = Intake::new(consumer, valve.clone(), stop, in_hand, settings.amqp.prefetch.into());
+        let answering = Answering {
+            settings,
+            store,
+            publisher,
+            names: Names::new(&settings.amqp.queue),
+            numbers: FreshNumbers::new(),
+        };
+        let settling = Settling::new(acknowledger, valve.clone(), in_hand);
+        let working = async {
+            tokio::try_join!(answering.answer_all(intake, published), settling.settle_all(to_settle).err_into())
+        };
+        let hold_seconds = settings.worker.hold_seconds;
+        let mut valve = valve.clone();
+        tokio::select! {
+            biased;
+            worked = working => worked.map(drop),
+            () = valve.shut_for(Duration::from_secs(hold_seconds)) => {
+                Err(Stopped::Blocked { held_seconds: hold_seconds })
+            }
+        }
     }
 }
 
@@ -90,72 +146,99 @@ struct Answering<'a> {
     settings: &'a Settings,
     store: &'a mut Store,
     publisher: &'a Publisher,
-    in_hand: &'a AtomicUsize,
+    names: Names,
     numbers: FreshNumbers,
 }
 
 impl Answering<'_> {
-    async fn answer_all(
-        mut self,
-        consumer: &mut Consumer,
-        published: mpsc::Sender<Vec<Published>>,
-        stop: watch::Receiver<bool>,
-    ) -> Result<(), Stopped> {
-        let mut stopping = false;
-        loop {
-            let batch = tokio::select! {
-                biased;
-                () = stopped(stop.clone()), if !stopping => {
-                    stopping = true;
-                    consumer.cancel().await?;
-                    continue;
-                }
-                batch = consumer.next_batch(self.settings.amqp.prefetch.into()) => batch?,
-            };
-            match batch {
-                Some(batch) => {
-                    self.in_hand.fetch_add(batch.len(), Ordering::Relaxed);
-                    let batch = self.answer(batch).await?;
-                    // The other end is gone only when settling has failed, and then this future is dropped too.
-                    let _ = published.send(batch).await;
-                }
-                None if stopping => return Ok(()),
-                None => {
-                    return Err(BrokerError::other(
-                        "consume",
-                        "the broker ended the consumer (was the queue deleted?)",
-                    )
-                    .into());
-                }
-            }
+    async fn answer_all(mut self, mut intake: Intake<'_>, published: mpsc::Sender<Published>) -> Result<(), Stopped> {
+        while let Some(Taken { requests, set_aside }) = intake.next().await? {
+            let requests = self.answer(requests).await?;
+            // The other end is gone only when settling has failed, and then this future is dropped too.
+            let _ = published.send(Published { requests, set_aside }).await;
         }
+        Ok(())
     }
 
     /// The way of a batch, in reading order.
-    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<Published>, Stopped> {
+    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest>, Stopped> {
+        fault::reached(Point::Received).await;
         let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
-        let results = self.find_or_create(&requests).await?;
-        let entries = requests.into_iter().map(|request| request.map(|parsed| parsed.request.entries.len()));
-        let outcomes = outcomes(entries, results).into_iter().zip(&batch);
-        let endings: Vec<_> = outcomes.map(|(outcome, delivery)| self.ending(outcome, delivery)).collect();
-        Ok(batch.into_iter().zip(endings).map(|(delivery, ending)| self.publish(&delivery, ending)).collect())
+        let outcomes = self.outcomes(requests).await?;
+        fault::reached(Point::ScriptAnswered).await;
+        let published =
+            batch.into_iter().zip(outcomes).map(|(delivery, outcome)| self.end(&delivery, outcome)).collect();
+        fault::reached(Point::ReplyPublished).await;
+        Ok(published)
     }
 
-    fn parse<'d>(&mut self, delivery: &'d Delivery) -> Result<Parsed<'d>, Refusal> {
+    /// What is not a request to be worked on is an outcome already.
+    fn parse<'d>(&mut self, delivery: &'d Delivery) -> Result<Parsed<'d>, Outcome> {
         let message = delivery.message();
-        let request = Request::parse(&message, &self.settings.limits)?;
-        let name = RequestName::new(&message, || self.numbers.fresh());
-        Ok(Parsed { digest: RequestDigest::new(&name, message.body), request })
+        let parsed = isolated(|| {
+            fault::strike(Point::Received, message.body);
+            self.check_reply_to(&message)?;
+            let request = Request::parse(&message, &self.settings.limits)?;
+            let name = RequestName::new(&message, || self.numbers.fresh());
+            Ok(Parsed { digest: RequestDigest::new(&name, message.body), request, body: message.body })
+        });
+        match parsed {
+            Some(Ok(parsed)) => Ok(parsed),
+            Some(Err(refusal)) => Err(Outcome::Refused(refusal)),
+            None => Err(Outcome::panicked()),
+        }
     }
 
-    /// One result an entry, in order, of the requests that were not refused.
-    async fn find_or_create(
-        &mut self,
-        requests: &[Result<Parsed<'_>, Refusal>],
-    ) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
+    /// A reply to a queue of requests would come back as a request, and be answered there.
+    fn check_reply_to(&self, message: &Message<'_>) -> Result<(), Refusal> {
+        match message.reply_to {
+            Some(reply_to) if !self.names.may_take_replies(reply_to) => Err(Refusal::invalid(format!(
+                "reply_to: {reply_to} is a queue of requests or dead letters, not of replies"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// All requests at once; after a panic once more, one by one, so that it costs only the one that it comes from.
+    async fn outcomes(&mut self, requests: Vec<Result<Parsed<'_>, Outcome>>) -> Result<Vec<Outcome>, Stopped> {
+        let parsed: Vec<_> = requests.iter().filter_map(|request| request.as_ref().ok()).collect();
+        let mut worked = match self.work_on(&parsed).await {
+            Some(outcomes) => outcomes?,
+            None => self.work_on_each(&parsed).await?,
+        }
+        .into_iter();
+        let outcomes = requests.into_iter().map(|request| match request {
+            Ok(_) => worked.next().expect("one outcome a request that was parsed"),
+            Err(outcome) => outcome,
+        });
+        Ok(outcomes.collect())
+    }
+
+    async fn work_on_each(&mut self, requests: &[&Parsed<'_>]) -> Result<Vec<Outcome>, Stopped> {
+        let mut outcomes = Vec::with_capacity(requests.len());
+        for request in requests {
+            match self.work_on(&[*request]).await {
+                Some(outcome) => outcomes.append(&mut outcome?),
+                None => outcomes.push(Outcome::panicked()),
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// One outcome a request, in order; nothing if there was a panic.
+    async fn work_on(&mut self, requests: &[&Parsed<'_>]) -> Option<Result<Vec<Outcome>, Stopped>> {
+        let worked = AssertUnwindSafe(async {
+            let results = self.find_or_create(requests).await?;
+            Ok(outcomes(requests.iter().map(|parsed| parsed.request.entries.len()), results))
+        });
+        worked.catch_unwind().await.ok()
+    }
+
+    /// One result an entry, in order.
+    async fn find_or_create(&mut self, requests: &[&Parsed<'_>]) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
         let mut calls = Vec::with_capacity(requests.len());
-        for (index, parsed) in requests.iter().enumerate() {
-            let Ok(Parsed { request, digest }) = parsed else { continue };
+        for (index, Parsed { request, digest, body }) in requests.iter().enumerate() {
+            fault::strike(Point::ScriptSent, body);
             for (position, entry) in request.entries.iter().enumerate() {
                 calls.push((index, Call::new(self.store.key_prefix(), &request.tenant, entry, digest.token(position))));
             }
@@ -193,14 +276,24 @@ impl Answering<'_> {
         }
     }
 
+    /// What becomes of a request when it has an outcome. A panic on the way makes it one that failed.
+    fn end(&self, delivery: &Delivery, outcome: Outcome) -> PublishedRequest {
+        let ended = isolated(|| {
+            fault::strike(Point::ReplyPublished, delivery.message().body);
+            self.publish(delivery, self.ending(outcome, delivery))
+        });
+        ended.unwrap_or_else(|| self.publish(delivery, self.ending(Outcome::panicked(), delivery)))
+    }
+
     /// The one place where an outcome becomes an ending.
     fn ending(&self, outcome: Outcome, delivery: &Delivery) -> Ending {
         let message = delivery.message();
         if let Outcome::Failed(Refusal { message: cause, .. }) = &outcome {
             let (message_id, correlation_id) = (message.message_id, message.correlation_id);
-            error!(cause, message_id, correlation_id, "a request failed in the store and is dead-lettered");
+            error!(cause, message_id, correlation_id, "a request failed and is dead-lettered");
         }
-        match (outcome, message.reply_to.is_some()) {
+        let has_address = message.reply_to.is_some_and(|reply_to| self.names.may_take_replies(reply_to));
+        match (outcome, has_address) {
             (Outcome::Answered(found), true) => Ending::Reply(Reply::success(&found, &self.settings.reply)),
             (Outcome::Answered(_), false) => Ending::Nothing,
             (Outcome::Refused(refusal), true) => Ending::Reply(Reply::from(&refusal)),
@@ -209,18 +302,16 @@ impl Answering<'_> {
         }
     }
 
-    fn publish(&self, delivery: &Delivery, ending: Ending) -> Published {
+    fn publish(&self, delivery: &Delivery, ending: Ending) -> PublishedRequest {
         let (reply, dead_letter) = match ending {
             Ending::Reply(reply) => (Some(reply), None),
             Ending::DeadLetter(refusal) => (None, Some(refusal)),
             Ending::ReplyAndDeadLetter(reply, refusal) => (Some(reply), Some(refusal)),
             Ending::Nothing => (None, None),
         };
-        Published {
-            tag: delivery.tag(),
-            reply: reply.and_then(|reply| self.publisher.reply(delivery, reply)),
-            dead_letter: dead_letter.map(|refusal| self.publisher.dead_letter(delivery, &refusal)),
-        }
+        let reply = reply.and_then(|reply| self.publisher.reply(delivery, reply));
+        let dead_letter = dead_letter.map(|refusal| self.publisher.dead_letter(delivery, &refusal));
+        PublishedRequest::new(delivery, reply, dead_letter)
     }
 }
 
@@ -228,6 +319,7 @@ impl Answering<'_> {
 struct Parsed<'a> {
     request: Request<'a>,
     digest: RequestDigest,
+    body: &'a [u8],
 }
 
 /// What was made of a request.
@@ -240,6 +332,12 @@ enum Outcome {
     Failed(Refusal),
 }
 
+impl Outcome {
+    fn panicked() -> Self {
+        Self::Failed(Refusal::internal("the worker panicked over this request; its log says where".to_owned()))
+    }
+}
+
 /// What becomes of a request, before it is acknowledged.
 enum Ending {
     Reply(Reply),
@@ -249,18 +347,15 @@ enum Ending {
     Nothing,
 }
 
-/// Deals the results of a batch out to its requests: the next has so many entries, or was refused.
-fn outcomes(
-    requests: impl Iterator<Item = Result<usize, Refusal>>,
-    results: Vec<Result<Found, EntryFailure>>,
-) -> Vec<Outcome> {
+/// Keeps a panic from going further. What `work` changes on its way must be in order whenever it ends.
+fn isolated<T>(work: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(work)).ok()
+}
+
+/// Deals the results of a batch out to its requests, which have so many entries each.
+fn outcomes(entries: impl Iterator<Item = usize>, results: Vec<Result<Found, EntryFailure>>) -> Vec<Outcome> {
     let mut results = results.into_iter();
-    requests
-        .map(|request| match request {
-            Ok(entries) => outcome(results.by_ref().take(entries).collect()),
-            Err(refusal) => Outcome::Refused(refusal),
-        })
-        .collect()
+    entries.map(|entries| outcome(results.by_ref().take(entries).collect())).collect()
 }
 
 /// Every entry has run by now, so the first failure speaks for the request.
@@ -273,81 +368,6 @@ fn outcome(entries: Vec<Result<Found, EntryFailure>>) -> Outcome {
         }
     }
     Outcome::Answered(found)
-}
-
-/// A request whose reply or dead letter, if any, is on its way.
-struct Published {
-    tag: u64,
-    reply: Option<Publication>,
-    dead_letter: Option<Publication>,
-}
-
-/// The second half of a request's way: from published to acknowledged.
-struct Settling<'a> {
-    acknowledger: &'a Acknowledger,
-    in_hand: &'a AtomicUsize,
-}
-
-impl Settling<'_> {
-    /// Settles batches in the order they were delivered, so that one frame acknowledges each.
-    async fn settle_all(self, mut batches: mpsc::Receiver<Vec<Published>>) -> Result<(), Stopped> {
-        while let Some(batch) = batches.recv().await {
-            let count = batch.len();
-            self.settle(batch).await?;
-            self.in_hand.fetch_sub(count, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    /// What is settled is acknowledged even if the rest cannot be: it is not answered a second time.
-    async fn settle(&self, batch: Vec<Published>) -> Result<(), BrokerError> {
-        let mut last = None;
-        let settled = self.settle_each(batch, &mut last).await;
-        // Those given back are settled by now and not meant by it; the broker takes it for an error to name one of them.
-        let acknowledged = match last {
-            Some(last) => self.acknowledger.acknowledge_up_to(last).await,
-            None => Ok(()),
-        };
-        settled.and(acknowledged)
-    }
-
-    /// Sets `last` to the last delivery that may be acknowledged, with all before it.
-    async fn settle_each(&self, batch: Vec<Published>, last: &mut Option<u64>) -> Result<(), BrokerError> {
-        for Published { tag, reply, dead_letter } in batch {
-            let reply = confirmed(reply).await?;
-            let dead_letter = confirmed(dead_letter).await?;
-            match settlement(reply, dead_letter) {
-                Settlement::Acknowledge => *last = Some(tag),
-                Settlement::GiveBack => self.acknowledger.give_back(tag).await?,
-                Settlement::StartOver => return Err(BrokerError::other("dead letter", "no queue took it")),
-            }
-        }
-        Ok(())
-    }
-}
-
-enum Settlement {
-    Acknowledge,
-    /// To the queue, which hands it out again.
-    GiveBack,
-    /// The queues are not as they were declared.
-    StartOver,
-}
-
-/// What the broker said of a request's reply and dead letter decides whether the request may leave the queue.
-fn settlement(reply: Option<Fate>, dead_letter: Option<Fate>) -> Settlement {
-    match (reply, dead_letter) {
-        (_, Some(Fate::Returned | Fate::Nacked)) => Settlement::StartOver,
-        (Some(Fate::Nacked), _) => Settlement::GiveBack,
-        // Nobody waits for a reply that was returned.
-        (None | Some(Fate::Confirmed | Fate::Returned), None | Some(Fate::Confirmed)) => Settlement::Acknowledge,
-    }
-}
-
-async fn confirmed(publication: Option<Publication>) -> Result<Option<Fate>, BrokerError> {
-    let Some(publication) = publication else { return Ok(None) };
-    let silent = || BrokerError::other("publish", format!("not confirmed in {} s", CONFIRM_LIMIT.as_secs()));
-    timeout(CONFIRM_LIMIT, publication.fate()).await.map_err(|_| silent())?.map(Some)
 }
 
 /// Numbers that no other delivery has, here or in another process: a random start, then one by one.
@@ -383,8 +403,7 @@ mod tests {
     fn a_failed_entry_costs_its_own_request_and_the_neighbours_keep_their_results() {
         let failure = || Err(EntryFailure("WRONGTYPE".to_owned()));
         let results = vec![Ok(found(1)), failure(), Ok(found(3)), failure(), Ok(found(5)), Ok(found(6))];
-        let refused = Err(Refusal::invalid("no".into()));
-        let dealt = outcomes([Ok(1), Ok(3), refused, Ok(1), Ok(1)].into_iter(), results);
+        let dealt = outcomes([1, 3, 1, 1].into_iter(), results);
         let described: Vec<_> = dealt
             .iter()
             .map(|outcome| match outcome {
@@ -393,23 +412,6 @@ mod tests {
             })
             .collect();
         let failed = "services[0]: WRONGTYPE";
-        assert_eq!(described, [["1"], [failed], ["no"], ["5"], ["6"]]);
-    }
-
-    #[test]
-    fn a_request_is_acknowledged_only_when_what_it_became_is_safe() {
-        use Fate::{Confirmed, Nacked, Returned};
-        let word = |reply, dead_letter| match settlement(reply, dead_letter) {
-            Settlement::Acknowledge => "acknowledge",
-            Settlement::GiveBack => "give back",
-            Settlement::StartOver => "start over",
-        };
-        for reply in [None, Some(Confirmed), Some(Returned)] {
-            assert_eq!([word(reply, None), word(reply, Some(Confirmed))], ["acknowledge"; 2]);
-        }
-        assert_eq!([word(Some(Nacked), None), word(Some(Nacked), Some(Confirmed))], ["give back"; 2]);
-        for reply in [None, Some(Confirmed), Some(Returned), Some(Nacked)] {
-            assert_eq!([word(reply, Some(Returned)), word(reply, Some(Nacked))], ["start over"; 2]);
-        }
+        assert_eq!(described, [["1"], [failed], ["5"], ["6"]]);
     }
 }

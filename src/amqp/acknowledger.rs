@@ -21,6 +21,12 @@ impl Acknowledger {
         within(ANSWER_LIMIT, "basic.ack", acknowledged).await
     }
 
+    /// Acknowledges the delivery numbered `tag` and no other.
+    pub async fn acknowledge(&self, tag: u64) -> Result<(), BrokerError> {
+        let acknowledged = self.0.basic_ack(tag, BasicAckOptions { multiple: false });
+        within(ANSWER_LIMIT, "basic.ack", acknowledged).await
+    }
+
     /// Gives one delivery back to the queue.
     pub async fn give_back(&self, tag: u64) -> Result<(), BrokerError> {
         let given_back = self.0.basic_nack(tag, BasicNackOptions { multiple: false, requeue: true });

@@ -46,6 +46,12 @@ impl Consumer {
     pub async fn next_batch(&mut self, limit: usize) -> Result<Option<Vec<Delivery>>, BrokerError> {
         let Some(first) = self.stream.next().await else { return Ok(None) };
         let mut batch = vec![Delivery::from(first.map_err(consuming)?)];
+        self.arrived(limit, &mut batch)?;
+        Ok(Some(batch))
+    }
+
+    /// Adds to `batch` what has arrived by now, up to `limit`; waits for nothing.
+    pub fn arrived(&mut self, limit: usize, batch: &mut Vec<Delivery>) -> Result<(), BrokerError> {
         while batch.len() < limit {
             match self.stream.next().now_or_never() {
                 Some(Some(Ok(delivery))) => batch.push(delivery.into()),
@@ -54,7 +60,7 @@ impl Consumer {
                 Some(None) | None => break,
             }
         }
-        Ok(Some(batch))
+        Ok(())
     }
 
     /// Asks the broker for no more deliveries.

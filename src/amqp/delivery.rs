@@ -46,6 +46,29 @@ impl Delivery {
         self.0.delivery_tag
     }
 
+    /// How often it has come back to its queue, as a quorum queue counts it; 0 where nothing counts.
+    pub fn returns(&self) -> u64 {
+        // On a first delivery the header is whatever a producer put there.
+        if !self.0.redelivered {
+            return 0;
+        }
+        match self.headers().and_then(|headers| headers.inner().get("x-delivery-count")) {
+            Some(AMQPValue::ShortShortUInt(count)) => (*count).into(),
+            Some(AMQPValue::ShortUInt(count)) => (*count).into(),
+            Some(AMQPValue::LongUInt(count)) => (*count).into(),
+            Some(AMQPValue::ShortShortInt(count)) => u64::try_from(*count).unwrap_or(0),
+            Some(AMQPValue::ShortInt(count)) => u64::try_from(*count).unwrap_or(0),
+            Some(AMQPValue::LongInt(count)) => u64::try_from(*count).unwrap_or(0),
+            Some(AMQPValue::LongLongInt(count)) => u64::try_from(*count).unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    /// Whether it has been delivered before.
+    pub fn is_redelivered(&self) -> bool {
+        self.0.redelivered
+    }
+
     pub(super) fn body(&self) -> &[u8] {
         &self.0.data
     }

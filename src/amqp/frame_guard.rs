@@ -31,6 +31,8 @@ use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::{Stream, TryFutureExt};
 use lapin::AsyncTcpStream;
 
+use super::lifeline::Lifeline;
+
 /// The header under which a replaced content header says what was wrong with the one it replaces.
 pub const UNREADABLE: &str = "x-composite-start-unreadable";
 
@@ -95,25 +97,30 @@ impl Reactor for GuardedTokio {
     }
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        self.0.tcp_connect_addr(addr).map_ok(|stream| Guarded::new(AsyncTcpStream::Plain(stream)))
+        self.0.tcp_connect_addr(addr).map_ok(|stream| Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default()))
     }
 }
 
-/// A stream of AMQP frames whose reader meets no content header that it could not read.
+/// A stream of AMQP frames whose reader meets no content header that it could not read, and that ends when its
+/// [`Lifeline`] is severed.
 pub(super) struct Guarded<S> {
     stream: S,
+    lifeline: Lifeline,
     buffer: Buffer,
 }
 
 impl<S> Guarded<S> {
-    pub(super) fn new(stream: S) -> Self {
-        Self { stream, buffer: Buffer::new() }
+    pub(super) fn new(stream: S, lifeline: Lifeline) -> Self {
+        Self { stream, lifeline, buffer: Buffer::new() }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { stream, buffer } = &mut *self;
+        let Self { stream, lifeline, buffer } = &mut *self;
+        if let Poll::Ready(error) = lifeline.poll_reader(cx) {
+            return Poll::Ready(Err(error));
+        }
         loop {
             let handed_out = buffer.hand_out(out);
             if handed_out > 0 {
@@ -130,7 +137,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        match self.lifeline.poll_writer(cx) {
+            Poll::Ready(error) => Poll::Ready(Err(error)),
+            Poll::Pending => Pin::new(&mut self.stream).poll_write(cx, bytes),
+        }
     }
 
     fn poll_write_vectored(
@@ -138,7 +148,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+        match self.lifeline.poll_writer(cx) {
+            Poll::Ready(error) => Poll::Ready(Err(error)),
+            Poll::Pending => Pin::new(&mut self.stream).poll_write_vectored(cx, parts),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -1,8 +1,8 @@
 //! RabbitMQ. The only folder that imports `lapin`.
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
-//! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection. Nothing here
-//! decides what becomes of a message.
+//! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
+//! ends one for good. Nothing here decides what becomes of a message.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
@@ -10,25 +10,30 @@ pub mod acknowledger;
 pub mod consumer;
 pub mod delivery;
 pub mod frame_guard;
+mod lifeline;
 pub mod publisher;
 pub mod requester;
 pub mod topology;
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::tcp::{AMQPUriTcpExt, TLSConfig};
 use lapin::uri::AMQPUri;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties, ErrorKind, Event};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::settings::{Amqp as Settings, SecretUrl};
 use acknowledger::Acknowledger;
 use consumer::Consumer;
 use frame_guard::{Guarded, GuardedTokio};
+use lifeline::Lifeline;
 use publisher::Publisher;
 use topology::{Names, TopologyError};
 
@@ -76,22 +81,34 @@ impl BrokerError {
         Self { doing: doing.into(), cause: Cause::Lapin(Box::new(error)) }
     }
 
+    /// Nothing was heard within the limit.
+    pub(crate) fn silent(doing: impl Into<String>, limit: Duration) -> Self {
+        Self { doing: doing.into(), cause: Cause::Silent(limit) }
+    }
+
     pub(crate) fn other(doing: impl Into<String>, cause: impl Into<String>) -> Self {
         Self { doing: doing.into(), cause: Cause::Other(cause.into()) }
     }
 
     /// The broker's objection to what was being done, if it closed the channel over it: its kind and its words.
     fn objection(&self) -> Option<(&AMQPSoftError, &str)> {
-        let Cause::Lapin(error) = &self.cause else { return None };
-        let ErrorKind::ProtocolError(error) = error.kind() else { return None };
-        match error.kind() {
-            AMQPErrorKind::Soft(kind) => Some((kind, error.get_message().as_str())),
-            AMQPErrorKind::Hard(_) => None,
+        match &self.cause {
+            Cause::Lapin(error) => soft_error(error),
+            _ => None,
         }
     }
 
     fn is_not_found(&self) -> bool {
         self.objection().is_some_and(|(kind, _)| *kind == AMQPSoftError::NOTFOUND)
+    }
+}
+
+/// The kind and the words of an error for which the broker closes a channel, and not the connection.
+fn soft_error(error: &lapin::Error) -> Option<(&AMQPSoftError, &str)> {
+    let ErrorKind::ProtocolError(error) = error.kind() else { return None };
+    match error.kind() {
+        AMQPErrorKind::Soft(kind) => Some((kind, error.get_message().as_str())),
+        AMQPErrorKind::Hard(_) => None,
     }
 }
 
@@ -104,16 +121,16 @@ async fn within<T>(
     match timeout(limit, answer).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => Err(BrokerError::new(doing, error)),
-        Err(_) => Err(BrokerError { doing: doing.into(), cause: Cause::Silent(limit) }),
+        Err(_) => Err(BrokerError::silent(doing, limit)),
     }
 }
 
 /// Two connections to the broker, since one that is short of memory stops reading from those that publish: over the
 /// other, acknowledgements still go out.
-#[derive(Debug)]
 pub struct Broker {
-    consuming: Connection,
-    publishing: Connection,
+    consuming: Link,
+    publishing: Link,
+    valve: watch::Sender<bool>,
 }
 
 /// What a worker holds of a broker whose queues are in order.
@@ -124,6 +141,8 @@ pub struct Endpoints {
     pub publisher: Publisher,
     /// Settles requests.
     pub acknowledger: Acknowledger,
+    /// Tells whether the broker takes what is published.
+    pub valve: Valve,
 }
 
 impl Broker {
@@ -133,34 +152,95 @@ impl Broker {
     /// The address (without its password) and the cause.
     pub async fn connect(url: &SecretUrl) -> Result<Self, BrokerError> {
         Ok(Self {
-            consuming: connect(url, "composite-start consume").await?,
-            publishing: connect(url, "composite-start publish").await?,
+            consuming: Link::connect(url, "composite-start consume").await?,
+            publishing: Link::connect(url, "composite-start publish").await?,
+            valve: watch::Sender::new(true),
         })
     }
 
-    /// Puts the queues in order and starts consuming.
+    /// Puts the queues in order, waits until the broker takes what is published, and starts consuming.
     ///
     /// # Errors
-    /// What the broker objects to.
-    pub async fn open(&self, settings: &Settings) -> Result<Endpoints, TopologyError> {
-        topology::establish(&self.publishing, settings).await?;
-        let names = Names::new(&settings.queue);
-        let publisher = Publisher::open(&self.publishing, &names).await?;
-        let consumer = Consumer::open(&self.consuming, &names, settings.prefetch).await?;
-        Ok(Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher })
+    /// What the broker objects to, or how the connection ended.
+    pub async fn open(&mut self, settings: &Settings) -> Result<Endpoints, TopologyError> {
+        let Self { consuming, publishing, valve } = self;
+        let opened = endpoints(&consuming.connection, &publishing.connection, Valve(valve.subscribe()), settings);
+        tokio::select! {
+            opened = opened => opened,
+            lost = lost(&mut consuming.events, &mut publishing.events, valve) => Err(lost.into()),
+        }
     }
 
-    /// Ends when either connection does, with the reason.
-    pub async fn lost(&self) -> BrokerError {
-        tokio::select! {
-            error = lost(&self.consuming, "the consuming connection") => error,
-            error = lost(&self.publishing, "the publishing connection") => error,
-        }
+    /// Ends when either connection does, with the reason. While it is waited for, the [`Valve`] follows the broker.
+    pub async fn lost(&mut self) -> BrokerError {
+        lost(&mut self.consuming.events, &mut self.publishing.events, &self.valve).await
     }
 
     /// Closes both connections in good order, or gives up waiting for that.
     pub async fn close(self) {
-        tokio::join!(close(&self.consuming), close(&self.publishing));
+        tokio::join!(self.consuming.close(), self.publishing.close());
+    }
+}
+
+async fn endpoints(
+    consuming: &Connection,
+    publishing: &Connection,
+    mut valve: Valve,
+    settings: &Settings,
+) -> Result<Endpoints, TopologyError> {
+    topology::establish(publishing, settings).await?;
+    let names = Names::new(&settings.queue);
+    let publisher = Publisher::open(publishing, &names).await?;
+    publisher.prove(&mut valve).await?;
+    let consumer = Consumer::open(consuming, &names, settings.prefetch).await?;
+    Ok(Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher, valve })
+}
+
+async fn lost(consuming: &mut Events, publishing: &mut Events, valve: &watch::Sender<bool>) -> BrokerError {
+    tokio::select! {
+        error = follow(consuming, "the consuming connection", valve) => error,
+        error = follow(publishing, "the publishing connection", valve) => error,
+    }
+}
+
+/// Whether the broker takes what is published: one that is short of memory or disk takes nothing, and says so.
+#[derive(Clone, Debug)]
+pub struct Valve(watch::Receiver<bool>);
+
+impl Valve {
+    /// Waits until the broker takes what is published. This has no limit of its own: a broker that blocks still sends
+    /// signs of life, and without them the connection ends.
+    pub async fn opens(&mut self) {
+        self.turns(true).await;
+    }
+
+    /// Waits until the broker takes nothing more.
+    pub async fn shuts(&mut self) {
+        self.turns(false).await;
+    }
+
+    /// Waits until the broker has had so much time to take something; time in which it took nothing does not count.
+    pub async fn overdue(&mut self, limit: Duration) {
+        while timeout(limit, self.shuts()).await.is_ok() {
+            self.opens().await;
+        }
+    }
+
+    /// Waits until the broker has taken nothing for so long at a stretch.
+    pub async fn shut_for(&mut self, limit: Duration) {
+        loop {
+            self.shuts().await;
+            if timeout(limit, self.opens()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn turns(&mut self, open: bool) {
+        if self.0.wait_for(|is_open| *is_open == open).await.is_err() {
+            // The connection is gone, and whoever waits for that is told elsewhere.
+            std::future::pending::<()>().await;
+        }
     }
 }
 
@@ -169,47 +249,84 @@ impl Broker {
 /// # Errors
 /// What is wrong with the broker.
 pub async fn try_out(settings: &Settings) -> Result<(), TopologyError> {
-    let connection = connect(&settings.url, "composite-start check").await?;
-    let examined = topology::examine(&connection, settings).await;
-    close(&connection).await;
+    let link = Link::connect(&settings.url, "composite-start check").await?;
+    let examined = topology::examine(&link.connection, settings).await;
+    link.close().await;
     examined
 }
 
-async fn close(connection: &Connection) {
-    if let Err(error) = within(CLOSE_LIMIT, "close", connection.close(200, "OK".into())).await {
-        tracing::debug!(%error, "a connection did not close in good order");
+type Events = BoxStream<'static, Event>;
+
+/// One connection, what happens to it, and the means to end it whatever happens.
+pub(crate) struct Link {
+    connection: Connection,
+    events: Events,
+    lifeline: Lifeline,
+}
+
+impl Link {
+    /// Connects; `name` is what the broker's own pages call it.
+    pub(crate) async fn connect(url: &SecretUrl, name: &str) -> Result<Self, BrokerError> {
+        let doing = url.to_string();
+        let mut uri: AMQPUri = url.expose().parse().map_err(|error: String| BrokerError::other(&doing, error))?;
+        uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        let lifeline = Lifeline::default();
+        let of_socket = lifeline.clone();
+        let connected = Connection::connector(
+            uri,
+            GuardedTokio::current(),
+            async move |uri, _| {
+                // The guard stands outside of TLS, where frames can be read. The limit is this thread's own: nobody
+                // can end it while it has no socket yet.
+                let runtime = async_rs::Runtime::tokio_current();
+                let socket = uri.connect_with_config_async(TLSConfig::default(), &runtime);
+                let socket = timeout(CONNECT_LIMIT, socket).await.map_err(io::Error::from)??;
+                Ok(AsyncTcpStream::Plain(Guarded::new(socket, of_socket.clone())))
+            },
+            properties,
+        );
+        match within(CONNECT_LIMIT, doing, connected).await {
+            Ok(connection) => {
+                let events = connection.events_listener().boxed();
+                Ok(Self { connection, events, lifeline })
+            }
+            Err(error) => {
+                lifeline.sever();
+                Err(error)
+            }
+        }
+    }
+
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// Closes it in good order, or gives up waiting for that and breaks it off.
+    pub(crate) async fn close(&self) {
+        if let Err(error) = within(CLOSE_LIMIT, "close", self.connection.close(200, "OK".into())).await {
+            tracing::debug!(%error, "a connection did not close in good order");
+            self.lifeline.sever();
+        }
     }
 }
 
-/// One connection; `name` is what the broker's own pages call it.
-pub(crate) async fn connect(url: &SecretUrl, name: &str) -> Result<Connection, BrokerError> {
-    let doing = url.to_string();
-    let mut uri: AMQPUri = url.expose().parse().map_err(|error: String| BrokerError::other(&doing, error))?;
-    uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
-    let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let connected = Connection::connector(
-        uri,
-        GuardedTokio::current(),
-        async |uri, _| {
-            // The guard stands outside of TLS, where frames can be read.
-            let runtime = async_rs::Runtime::tokio_current();
-            let socket = uri.connect_with_config_async(TLSConfig::default(), &runtime).await?;
-            Ok(AsyncTcpStream::Plain(Guarded::new(socket)))
-        },
-        properties,
-    );
-    within(CONNECT_LIMIT, doing, connected).await
-}
-
-async fn lost(connection: &Connection, name: &str) -> BrokerError {
-    let mut events = std::pin::pin!(connection.events_listener());
+/// Ends when the connection does, with the reason, and turns the valve on the way. Only a connection that publishes is
+/// ever blocked.
+async fn follow(events: &mut Events, name: &str, valve: &watch::Sender<bool>) -> BrokerError {
     while let Some(event) = events.next().await {
         match event {
+            // A channel that the broker closes is noticed by whoever uses it.
+            Event::Error(error) if soft_error(&error).is_some() => {}
             Event::Error(error) => return BrokerError::new(name, error),
             Event::ConnectionBlocked(reason) => {
-                tracing::warn!(connection = name, reason, "the broker blocks publishing");
+                tracing::warn!(reason, "the broker takes nothing that is published; requests wait until it does");
+                valve.send_replace(false);
             }
-            Event::ConnectionUnblocked => tracing::info!(connection = name, "the broker takes publishing again"),
+            Event::ConnectionUnblocked => {
+                tracing::info!("the broker takes what is published again");
+                valve.send_replace(true);
+            }
             _ => {}
         }
     }

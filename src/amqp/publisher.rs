@@ -14,7 +14,7 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection};
 
 use super::delivery::Delivery;
 use super::topology::Names;
-use super::{ANSWER_LIMIT, BrokerError, within};
+use super::{ANSWER_LIMIT, BrokerError, Valve, within};
 use crate::reply::{Refusal, Reply};
 
 /// Headers that a reply takes over from its request: the trace goes on (W3C Trace Context).
@@ -62,6 +62,26 @@ impl Publisher {
             dead_letters: confirming_channel(connection).await?,
             dead_letter_exchange: names.dead_letter_exchange.clone(),
         })
+    }
+
+    /// Publishes to a queue that does not exist, and waits for the broker to say so. A broker that is short of memory or
+    /// disk blocks a connection only once something is published on it: here, before requests are taken.
+    pub(super) async fn prove(&self, valve: &mut Valve) -> Result<(), BrokerError> {
+        let nowhere = publish(
+            &self.replies,
+            ShortString::default(),
+            ShortString::default(),
+            Vec::new(),
+            BasicProperties::default(),
+        );
+        tokio::select! {
+            biased;
+            fate = nowhere.fate() => match fate? {
+                Fate::Returned => Ok(()),
+                fate => Err(BrokerError::other("publish", format!("{fate:?}, although there is no such queue"))),
+            },
+            () = valve.overdue(ANSWER_LIMIT) => Err(BrokerError::silent("publish", ANSWER_LIMIT)),
+        }
     }
 
     /// Sends `reply` to the reply address of `request`; `None` if it has none.

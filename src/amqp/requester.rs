@@ -3,10 +3,10 @@
 use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation, Connection, Consumer};
+use lapin::{BasicProperties, Channel, Confirmation, Consumer};
 
 use super::delivery::PERSISTENT;
-use super::{ANSWER_LIMIT, BrokerError, connect, within};
+use super::{ANSWER_LIMIT, BrokerError, Link, within};
 use crate::settings::SecretUrl;
 
 /// RabbitMQ's pseudo-queue: replies come straight to the channel that published the request.
@@ -14,7 +14,7 @@ const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 
 /// A connection that sends requests.
 pub struct Requester {
-    connection: Connection,
+    link: Link,
     channel: Channel,
     replies: Consumer,
 }
@@ -36,8 +36,8 @@ impl Requester {
     /// # Errors
     /// The address and the cause.
     pub async fn connect(url: &SecretUrl) -> Result<Self, BrokerError> {
-        let connection = connect(url, "composite-start send").await?;
-        let channel = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
+        let link = Link::connect(url, "composite-start send").await?;
+        let channel = within(ANSWER_LIMIT, "open a channel", link.connection().create_channel()).await?;
         within(ANSWER_LIMIT, "confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         let consumed = channel.basic_consume(
             DIRECT_REPLY_TO.into(),
@@ -46,7 +46,7 @@ impl Requester {
             FieldTable::default(),
         );
         let replies = within(ANSWER_LIMIT, "consume replies", consumed).await?;
-        Ok(Self { connection, channel, replies })
+        Ok(Self { link, channel, replies })
     }
 
     /// Sends `body` to `queue` and waits for the reply; the caller sets the limit.
@@ -97,7 +97,7 @@ impl Requester {
 
     /// Closes the connection in good order, or gives up waiting for that.
     pub async fn close(self) {
-        super::close(&self.connection).await;
+        self.link.close().await;
     }
 }
 

@@ -15,6 +15,8 @@ use lapin::{Channel, Connection, ExchangeKind};
 use super::{ANSWER_LIMIT, BrokerError, within};
 use crate::settings::{Amqp as Settings, QueueType};
 
+const DEAD_LETTER_EXCHANGE: &str = "x-dead-letter-exchange";
+
 /// The names that follow from `amqp.queue`.
 #[derive(Debug, Clone)]
 pub struct Names {
@@ -33,6 +35,13 @@ impl Names {
             ShortString::try_new(format!("{queue}{suffix}")).expect("settings limit the length of amqp.queue")
         };
         Self { queue: name(""), dead_letter_exchange: name(".dlx"), dead_letter_queue: name(".dead") }
+    }
+
+    /// Whether replies may go to this queue: not to ours, nor to one that carries the product's name, which is most
+    /// likely that of other workers.
+    pub fn may_take_replies(&self, queue: &str) -> bool {
+        let ours = [self.queue.as_str(), self.dead_letter_queue.as_str()];
+        !ours.contains(&queue) && !queue.starts_with("composite.start")
     }
 }
 
@@ -58,7 +67,8 @@ pub(super) async fn establish(connection: &Connection, settings: &Settings) -> R
     if settings.declare {
         topology.bind().await?;
     }
-    Ok(close_channel(&channel).await?)
+    close_channel(&channel).await?;
+    check_dead_letter_target(connection, settings).await
 }
 
 /// Tells what [`establish`] would object to, and changes nothing: what exists is declared as it should be, which the
@@ -76,6 +86,39 @@ pub(super) async fn examine(connection: &Connection, settings: &Settings) -> Res
         };
         examined.map_err(|error| topology.explain(part, error))?;
         close_channel(&channel).await?;
+    }
+    check_dead_letter_target(connection, settings).await
+}
+
+/// Refuses a request queue from which the broker would drop what it gives up. A queue that is declared here has its
+/// target; of one that someone else declared, the broker tells only by objecting to a declaration that differs.
+async fn check_dead_letter_target(connection: &Connection, settings: &Settings) -> Result<(), TopologyError> {
+    if settings.declare || settings.allow_loss {
+        return Ok(());
+    }
+    let channel = open_channel(connection).await?;
+    let names = Names::new(&settings.queue);
+    let topology = Topology { channel: &channel, settings, names: &names };
+    let Err(error) = topology.put(Part::RequestQueue, Mode::Declare).await else {
+        return Ok(close_channel(&channel).await?);
+    };
+    let Some((kind, text)) = error.objection() else { return Err(error.into()) };
+    let objects_to = |argument: &str| text.contains(&format!("'{argument}'"));
+    if objects_to(DEAD_LETTER_EXCHANGE) && text.ends_with("current is none") {
+        return Err(TopologyError::Unusable(format!(
+            "queue {} has no dead-letter exchange, and what the broker gives up would be lost: declare it with \
+             {DEAD_LETTER_EXCHANGE}, or set amqp.allow_loss = true (as well where a policy sets it: that cannot be seen)",
+            names.queue
+        )));
+    }
+    // The broker compares in a fixed order, and says no more after the first difference.
+    let compares_first = ["x-queue-type", "x-expires", "x-message-ttl"];
+    if *kind != AMQPSoftError::PRECONDITIONFAILED || compares_first.into_iter().any(objects_to) {
+        tracing::warn!(
+            queue = names.queue.as_str(),
+            answer = text,
+            "cannot see whether the queue has a dead-letter exchange"
+        );
     }
     Ok(())
 }
@@ -155,7 +198,7 @@ impl Topology<'_> {
     fn request_arguments(&self) -> FieldTable {
         let mut arguments = self.type_argument();
         let text = |text: &str| AMQPValue::LongString(text.into());
-        arguments.insert("x-dead-letter-exchange".into(), text(self.names.dead_letter_exchange.as_str()));
+        arguments.insert(DEAD_LETTER_EXCHANGE.into(), text(self.names.dead_letter_exchange.as_str()));
         if self.settings.queue_type == QueueType::Quorum {
             arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(self.settings.delivery_limit.into()));
             arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));

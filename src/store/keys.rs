@@ -21,7 +21,8 @@ impl Keys {
     }
 }
 
-fn sequence(prefix: &str, bucket: u16) -> String {
+/// `cs:{b}:seq`
+pub(super) fn sequence(prefix: &str, bucket: u16) -> String {
     format!("{prefix}:{{{bucket}}}:seq")
 }
 

@@ -18,6 +18,7 @@ use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, Value};
 use tokio::time::timeout;
 
+use crate::fault::{self, Point};
 use crate::settings::{OnFound, Redis as Settings, SecretUrl};
 use script::{Call, FIND_OR_CREATE, read_answer};
 
@@ -101,8 +102,8 @@ impl Store {
         &self.key_prefix
     }
 
-    /// Connects anew, and loads the script: the server is there, takes the login and the script. Whether it takes writes
-    /// (it may be full, or a replica) only the first call tells.
+    /// Connects anew, loads the script, and writes nothing: the server is there, takes the login, the script and writes.
+    /// One that is full, a replica, or cannot save to its disk would answer all that reads.
     ///
     /// # Errors
     /// The store is [`Unavailable`], with its address and the cause.
@@ -113,6 +114,13 @@ impl Store {
         let connected = timeout(CONNECT_LIMIT, async {
             let mut connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
             self.script.load_async(&mut connection).await?;
+            // A write command for the server, which writes nothing: an empty text over a key that stays as it is.
+            redis::cmd("SETRANGE")
+                .arg(keys::sequence(&self.key_prefix, 0))
+                .arg(0)
+                .arg("")
+                .exec_async(&mut connection)
+                .await?;
             Ok(connection)
         });
         let connection = connected.await.map_err(|_| self.silent(CONNECT_LIMIT))?;
@@ -200,7 +208,9 @@ impl Store {
             self.connect().await?;
         }
         let connection = self.connection.as_mut().expect("connected above");
-        let sent = timeout(ANSWER_LIMIT, connection.send_packed_commands(pipeline, 0, pipeline.len())).await;
+        let sent = timeout(ANSWER_LIMIT, connection.send_packed_commands(pipeline, 0, pipeline.len()));
+        // In this order: it is sent before the fault, if there is one, strikes.
+        let (sent, ()) = tokio::join!(sent, fault::reached(Point::ScriptSent));
         let answers = match sent {
             Ok(Ok(answers)) if answers.len() == pipeline.len() => return Ok(answers),
             Ok(Ok(_)) => Err(self.strange("another number of answers than calls")),

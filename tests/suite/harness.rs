@@ -104,6 +104,12 @@ impl Space {
         Worker::start(&self.environment(settings))
     }
 
+    /// Starts a worker into which a fault is put (see `src/fault.rs`), and waits for nothing.
+    pub fn start_faulty_worker(&self, fault: &str, settings: &[(&str, &str)]) -> Worker {
+        let fault = ("COMPOSITE_START_FAULT".to_owned(), fault.to_owned());
+        Worker::start(&[self.environment(settings), vec![fault]].concat())
+    }
+
     pub async fn client(&self) -> Client {
         Client::connect(&self.queue).await
     }
@@ -246,6 +252,11 @@ impl Worker {
         assert!(status.success(), "kill -s {name}");
     }
 
+    /// Whether it is over by now.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Waits for its end.
     pub async fn ended(&mut self) -> ExitStatus {
         eventually("the worker's end", async || self.child.try_wait().unwrap()).await
@@ -339,10 +350,19 @@ impl Incoming {
 impl Client {
     pub async fn connect(queue: &str) -> Self {
         let channel = channel().await;
-        soon("confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await.unwrap();
         let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
         let declared = soon("declare", channel.queue_declare("".into(), exclusive, FieldTable::default())).await;
         let reply_to = declared.unwrap().name().to_string();
+        Self::replied_to(channel, queue, reply_to).await
+    }
+
+    /// One without a reply queue: replies come straight to the channel on which it sends.
+    pub async fn connect_direct(queue: &str) -> Self {
+        Self::replied_to(channel().await, queue, "amq.rabbitmq.reply-to".to_owned()).await
+    }
+
+    async fn replied_to(channel: Channel, queue: &str, reply_to: String) -> Self {
+        soon("confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await.unwrap();
         let replies = Self::consume(&channel, &reply_to).await;
         Self { channel, reply_to, queue: queue.to_owned(), replies, sent: 0 }
     }

@@ -5,6 +5,7 @@
 
 mod commands;
 mod contract;
+mod crash_points;
 mod dead_letters;
 mod gate;
 mod harness;
@@ -12,6 +13,7 @@ mod lifecycle;
 mod load;
 mod model;
 mod odd_messages;
+mod poison;
 mod properties;
 mod race;
 mod raw_amqp;

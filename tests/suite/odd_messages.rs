@@ -34,8 +34,12 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
+        Self::with(&[]).await
+    }
+
+    async fn with(settings: &[(&str, &str)]) -> Self {
         let space = Space::new();
-        let (worker, client) = (space.worker().await, space.client().await);
+        let (worker, client) = (space.worker_with(settings).await, space.client().await);
         Self { space, worker, client, raw: RawPublisher::connect(), good_requests: 0 }
     }
 
@@ -188,7 +192,6 @@ async fn properties_that_are_cut_short_or_unknown_do_no_harm() {
 #[tokio::test]
 async fn a_reply_address_that_nobody_has_is_no_reason_to_keep_the_request() {
     let mut bench = Bench::new().await;
-    let own_queue = bench.space.queue.clone();
     let cases = [
         "no.such.queue",
         "",
@@ -214,12 +217,6 @@ async fn a_reply_address_that_nobody_has_is_no_reason_to_keep_the_request() {
                 .await;
         }
     }
-    // The reply to a request whose address is the request queue is itself a request, a bad one without an address.
-    let properties = RawProperties::new(&[("reply_to", short(own_queue))]);
-    assert_eq!(bench.raw.publish("", bench.space.queue.as_bytes(), &properties, good().as_bytes()), Taken::Confirmed);
-    let dead_letter = bench.client.take(&bench.space.dead_letter_queue()).await;
-    assert!(dead_letter.data.starts_with(br#"{"services":[{"service":{"service_id":"#));
-    bench.assert_unmoved("a reply to the request queue").await;
     bench.assert_nothing_left().await;
 }
 
@@ -255,6 +252,21 @@ async fn a_routing_key_that_is_not_utf_8_is_nobodys_business() {
     bench.assert_nothing_left().await;
 }
 
+/// The reply would come back as a request, and be answered there.
+#[tokio::test]
+async fn a_reply_address_that_is_a_queue_of_requests_or_dead_letters_is_refused_and_gets_nothing() {
+    let mut bench = Bench::new().await;
+    let own = [bench.space.queue.clone(), bench.space.dead_letter_queue()];
+    let others = ["composite.start", "composite.start.dead", "composite.start.eu"].map(str::to_owned);
+    for address in own.into_iter().chain(others) {
+        for body in [&*good(), "{}"] {
+            let properties = RawProperties::new(&[("reply_to", short(&address))]);
+            bench.assert_ends(&address, &properties, body, End::DeadLetter("reply_to: ")).await;
+        }
+    }
+    bench.assert_nothing_left().await;
+}
+
 /// A queue that exists and takes nothing: the broker nacks what is published to it.
 async fn full_queue(client: &Client) -> String {
     let mut arguments = FieldTable::default();
@@ -266,7 +278,7 @@ async fn full_queue(client: &Client) -> String {
 
 #[tokio::test]
 async fn requests_whose_reply_queue_is_full_stall_nobody_and_end_as_dead_letters() {
-    let mut bench = Bench::new().await;
+    let mut bench = Bench::with(&[("amqp.delivery_limit", "3")]).await;
     let full = full_queue(&bench.client).await;
     let properties = BasicProperties::default().with_reply_to(full.into());
     for _ in 0..3 {
@@ -283,18 +295,17 @@ async fn requests_whose_reply_queue_is_full_stall_nobody_and_end_as_dead_letters
 
 #[tokio::test]
 async fn on_a_classic_queue_a_request_whose_reply_queue_is_full_waits_and_stalls_nobody() {
-    let space = Space::new();
-    let worker = space.worker_with(&[("amqp.queue_type", "classic")]).await;
-    let client = space.client().await;
-    let full = full_queue(&client).await;
-    let mut bench = Bench { space, worker, client, raw: RawPublisher::connect(), good_requests: 0 };
+    let mut bench = Bench::with(&[("amqp.queue_type", "classic")]).await;
+    let full = full_queue(&bench.client).await;
     let properties = BasicProperties::default().with_reply_to(full.as_str().into());
     bench.client.send(&Outgoing { body: good().into(), properties }).await;
     for _ in 0..20 {
         bench.assert_unmoved("a request whose reply queue is full").await;
     }
-    // Once nobody waits for the reply any more, the request is done.
+    // Once nobody waits for the reply any more, the request is done as soon as it has come back.
     bench.client.channel.queue_delete(full.into(), QueueDeleteOptions::default()).await.unwrap();
+    assert!(bench.worker.drain().await.success());
+    bench.worker = bench.space.worker_with(&[("amqp.queue_type", "classic")]).await;
     bench.assert_unmoved("a reply queue that is gone").await;
     // A classic queue takes what a quorum queue does not.
     let properties = RawProperties::new(&[("delivery_mode", vec![77])]);

@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use lapin::BasicProperties;
-use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, ExchangeKind};
 use serde_json::{Value, json};
 
 use crate::harness::{Client, Ended, Outgoing, Space, channel, server};
@@ -167,4 +167,54 @@ async fn a_queue_with_other_arguments_ends_the_worker_with_one_line_that_names_t
     channel().await.exchange_declare(exchange.into(), kind, durable, FieldTable::default()).await.unwrap();
     let _worker = other.worker_with(&[("amqp.declare", "false")]).await;
     assert_eq!(Client::connect(&other.queue).await.request("{}").await.status, 400);
+}
+
+/// Someone else declared the queues, and left the request queue without a dead-letter exchange.
+async fn declared_by_others(space: &Space, request_queue: &[(&str, &str)]) {
+    let exchange = space.dead_letter_exchange();
+    let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let channel = channel().await;
+    let declared = channel.exchange_declare(exchange.into(), ExchangeKind::Fanout, durable, FieldTable::default());
+    declared.await.unwrap();
+    declare(&space.dead_letter_queue(), &[]).await;
+    declare(&space.queue, request_queue).await;
+}
+
+#[tokio::test]
+async fn a_request_queue_without_a_dead_letter_target_is_refused_unless_loss_is_allowed() {
+    for queue_type in ["classic", "quorum"] {
+        let space = Space::new();
+        declared_by_others(&space, &[("x-queue-type", queue_type)]).await;
+        let settings = [("amqp.declare", "false")];
+        for line in one_line(&space, &settings).await {
+            assert!(line.contains("has no dead-letter exchange") && line.contains("amqp.allow_loss = true"), "{line}");
+        }
+        let mut worker = space.worker_with(&[settings[0], ("amqp.allow_loss", "true")]).await;
+        assert!(worker.drain().await.success() && !worker.log().contains("WARN"), "{}", worker.log());
+    }
+}
+
+#[tokio::test]
+async fn a_request_queue_with_a_dead_letter_target_of_its_own_is_taken_as_it_is() {
+    for target in [".dlx", ".elsewhere"] {
+        let space = Space::new();
+        let exchange = format!("{}{target}", space.queue);
+        declared_by_others(&space, &[("x-dead-letter-exchange", &exchange)]).await;
+        let mut worker = space.worker_with(&[("amqp.declare", "false")]).await;
+        assert!(worker.drain().await.success() && !worker.log().contains("WARN"), "{}", worker.log());
+    }
+}
+
+#[tokio::test]
+async fn where_the_broker_does_not_tell_of_a_dead_letter_target_the_worker_says_so_and_works() {
+    let space = Space::new();
+    let exchange = space.dead_letter_exchange();
+    declared_by_others(&space, &[("x-dead-letter-exchange", &exchange)]).await;
+    channel().await.queue_delete(space.queue.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(600_000));
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    channel().await.queue_declare(space.queue.as_str().into(), durable, arguments).await.unwrap();
+    let worker = space.worker_with(&[("amqp.declare", "false")]).await;
+    assert!(worker.log().contains("cannot see whether the queue has a dead-letter exchange"), "{}", worker.log());
 }

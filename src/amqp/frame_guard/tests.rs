@@ -82,7 +82,7 @@ impl AsyncRead for Pieces<'_> {
 
 /// What lapin would read, `out_bytes` at a time, of a socket that gives `bytes` in pieces of `sizes`.
 fn read_through(bytes: &[u8], sizes: &[usize], out_bytes: usize) -> Vec<u8> {
-    let mut guarded = Guarded::new(Pieces { bytes, sizes: sizes.iter().cycle() });
+    let mut guarded = Guarded::new(Pieces { bytes, sizes: sizes.iter().cycle() }, Lifeline::default());
     let (mut read, mut out) = (Vec::new(), vec![0; out_bytes]);
     loop {
         match Pin::new(&mut guarded).poll_read(&mut Context::from_waker(noop_waker_ref()), &mut out) {

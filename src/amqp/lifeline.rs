@@ -1,0 +1,52 @@
+//! The end of a connection, whatever state it is in.
+//!
+//! lapin gives each connection a thread, and that thread outlives what waited for it: a connect that was given up goes
+//! on waiting for a mute peer, and a connection that the broker blocks never gets to send its own close. A severed
+//! lifeline makes the socket fail under that thread, which then ends.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use futures_util::task::AtomicWaker;
+
+/// Held by those who may end a connection, and by its socket. One socket, read and written by one thread.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Lifeline(Arc<Line>);
+
+#[derive(Debug, Default)]
+struct Line {
+    is_severed: AtomicBool,
+    reader: AtomicWaker,
+    writer: AtomicWaker,
+}
+
+impl Lifeline {
+    /// Every read and write from now on fails.
+    pub(super) fn sever(&self) {
+        self.0.is_severed.store(true, Ordering::Release);
+        self.0.reader.wake();
+        self.0.writer.wake();
+    }
+
+    /// For the socket: `Pending` while it may go on reading; `cx` is woken when it may not.
+    pub(super) fn poll_reader(&self, cx: &Context<'_>) -> Poll<io::Error> {
+        self.poll(&self.0.reader, cx)
+    }
+
+    /// The same for writing.
+    pub(super) fn poll_writer(&self, cx: &Context<'_>) -> Poll<io::Error> {
+        self.poll(&self.0.writer, cx)
+    }
+
+    fn poll(&self, waker: &AtomicWaker, cx: &Context<'_>) -> Poll<io::Error> {
+        // Registered before the look: who severs in between wakes.
+        waker.register(cx.waker());
+        if self.0.is_severed.load(Ordering::Acquire) {
+            Poll::Ready(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was given up"))
+        } else {
+            Poll::Pending
+        }
+    }
+}

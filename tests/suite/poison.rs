@@ -1,0 +1,149 @@
+//! Requests that make a worker panic, or end it: each costs itself, and its neighbours nothing.
+
+use lapin::options::{BasicGetOptions, BasicNackOptions};
+
+use crate::harness::{Client, Outgoing, Space, Worker, body, entry, eventually, soon};
+
+const NEIGHBOURS: usize = 40;
+
+/// Declares what a worker declares, and leaves nobody there.
+async fn queues_without_a_worker(space: &Space) {
+    assert!(space.worker().await.drain().await.success());
+}
+
+/// A request of a customer of its own, named after it.
+fn named(client: &mut Client, customer: &str) -> Outgoing {
+    let mut outgoing = client.outgoing(body(&[entry(customer, "t", "s", "k")]));
+    outgoing.properties = outgoing.properties.with_message_id(format!("id-{customer}").into());
+    outgoing
+}
+
+/// Sends requests, the poisonous one in their midst; they wait for a worker, and are one batch to it.
+async fn send_with_neighbours(client: &mut Client) {
+    for n in 0..NEIGHBOURS {
+        if n == NEIGHBOURS / 2 {
+            let poison = named(client, "POISON");
+            client.send(&poison).await;
+        }
+        let neighbour = named(client, &format!("N{n}"));
+        client.send(&neighbour).await;
+    }
+}
+
+async fn a_panic_costs_its_own_request(point: &str) {
+    let space = Space::new();
+    queues_without_a_worker(&space).await;
+    let mut client = space.client().await;
+    send_with_neighbours(&mut client).await;
+    let mut worker = space.start_faulty_worker(&format!("panic {point} POISON"), &[]);
+    let mut failed = Vec::new();
+    for _ in 0..=NEIGHBOURS {
+        let reply = client.reply().await;
+        match reply.status {
+            200 => assert_eq!(reply.created(0), [true; 3]),
+            _ => failed.push(reply),
+        }
+    }
+    let [failed] = &failed[..] else { panic!("{failed:?}") };
+    assert_eq!((failed.status, failed.body["exception"].as_str()), (500, Some("InternalError")));
+    let dead_letter = client.take(&space.dead_letter_queue()).await;
+    assert_eq!(dead_letter.properties.message_id().as_ref().unwrap().as_str(), "id-POISON");
+    assert!(worker.drain().await.success());
+    assert_eq!((client.count(&space.queue).await, client.count(&space.dead_letter_queue()).await), (0, 0));
+    let log = worker.log();
+    assert!(log.contains("a panic") && log.contains("src/fault.rs"), "{log}");
+    assert!(log.contains(r#"message_id="id-POISON""#) && !log.contains("service_type"), "{log}");
+    assert!(!log.contains("not consuming"), "{log}");
+}
+
+#[tokio::test]
+async fn a_panic_while_a_request_is_read_costs_that_request_alone() {
+    a_panic_costs_its_own_request("Received").await;
+}
+
+#[tokio::test]
+async fn a_panic_while_a_request_is_brought_to_the_store_costs_that_request_alone() {
+    a_panic_costs_its_own_request("ScriptSent").await;
+}
+
+#[tokio::test]
+async fn a_panic_while_a_request_is_answered_costs_that_request_alone() {
+    a_panic_costs_its_own_request("ReplyPublished").await;
+}
+
+/// As a supervisor would: a worker that dies is started again.
+async fn restarted_until_one_survives(space: &Space, client: &Client) -> (Worker, usize) {
+    let mut deaths = 0;
+    let mut worker = space.start_faulty_worker("abort Received POISON", &[]);
+    eventually("the poison among the dead letters", async || {
+        if worker.has_ended() {
+            deaths += 1;
+            worker = space.start_faulty_worker("abort Received POISON", &[]);
+        }
+        (client.count(&space.dead_letter_queue()).await == 1).then_some(())
+    })
+    .await;
+    (worker, deaths)
+}
+
+#[tokio::test]
+async fn a_request_that_kills_workers_reaches_the_delivery_limit_alone() {
+    let space = Space::new();
+    queues_without_a_worker(&space).await;
+    let mut client = space.client().await;
+    send_with_neighbours(&mut client).await;
+    let (mut worker, deaths) = restarted_until_one_survives(&space, &client).await;
+    for _ in 0..NEIGHBOURS {
+        assert_eq!(client.reply().await.created(0), [true; 3]);
+    }
+    // The broker counts returns and gives up at the one beyond the limit.
+    assert_eq!(deaths, 21);
+    let dead_letter = client.take(&space.dead_letter_queue()).await;
+    assert_eq!(dead_letter.properties.message_id().as_ref().unwrap().as_str(), "id-POISON");
+    assert!(worker.drain().await.success());
+    assert_eq!((client.count(&space.queue).await, client.count(&space.dead_letter_queue()).await), (0, 0));
+}
+
+/// Takes all messages from the queue, and gives them back: the queue counts a return for each.
+async fn give_all_back(client: &Client, space: &Space, count: u32) {
+    for _ in 0..count {
+        let got = client.channel.basic_get(space.queue.as_str().into(), BasicGetOptions { no_ack: false });
+        assert!(soon("get", got).await.unwrap().is_some());
+    }
+    let options = BasicNackOptions { multiple: true, requeue: true };
+    soon("nack", client.channel.basic_nack(0, options)).await.unwrap();
+    let what = "all requests to be back in the queue";
+    eventually(what, async || (client.count(&space.queue).await == count).then_some(())).await;
+}
+
+/// Acknowledging many at once must not acknowledge those among them that were set aside.
+#[tokio::test]
+async fn what_is_set_aside_as_suspect_is_not_acknowledged_with_its_neighbours() {
+    let space = Space::new();
+    queues_without_a_worker(&space).await;
+    let mut client = space.client().await;
+    for n in 0..5 {
+        let suspect = named(&mut client, &format!("S{n}"));
+        client.send(&suspect).await;
+    }
+    for _ in 0..2 {
+        give_all_back(&client, &space, 5).await;
+    }
+    for n in 0..5 {
+        let other = named(&mut client, &format!("N{n}"));
+        client.send(&other).await;
+    }
+    let mut first = space.start_faulty_worker("hold Acknowledged", &[]);
+    first.says("fault: held at Acknowledged").await;
+    for _ in 0..5 {
+        client.reply().await;
+    }
+    first.signal("KILL");
+    first.ended().await;
+    let mut second = space.worker().await;
+    for _ in 0..5 {
+        assert_eq!(client.reply().await.created(0), [true; 3]);
+    }
+    assert!(second.drain().await.success());
+    assert_eq!(client.count(&space.queue).await, 0);
+}
