@@ -1,4 +1,6 @@
-.PHONY: help demo test check deny
+FUZZ_SECONDS ?= 60
+
+.PHONY: help demo test check chaos fuzz deny
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -8,6 +10,10 @@ demo: ## watch the published example and 20,000 requests being answered (under f
 
 test: check ## all checks and all tests, against private servers; TESTS="name" runs some
 	@scripts/with-servers scripts/run-tests $(TESTS)
+	@$(if $(TESTS),,CHAOS_SECONDS=60 scripts/chaos test)
+
+chaos: ## three workers among faults, then everything is checked; CHAOS_SECONDS=1200 CHAOS_SEED=2 for another run
+	@scripts/chaos demo
 
 check: ## format, lints and documentation
 	cargo fmt --check
@@ -16,3 +22,6 @@ check: ## format, lints and documentation
 
 deny: ## licences, sources, bans and known advisories of the dependencies
 	@scripts/deny
+
+fuzz: ## any bytes as messages, FUZZ_SECONDS=60 for each target of fuzz/
+	@scripts/fuzz $(FUZZ_SECONDS)

@@ -438,5 +438,11 @@ fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
     frame
 }
 
+/// The door of `fuzz/`, a crate of its own: what lapin reads where `stream` is the socket.
+#[cfg(fuzzing)]
+pub fn guarded<S: AsyncRead + Unpin>(stream: S) -> impl AsyncRead + Unpin {
+    Guarded::new(stream, Lifeline::default())
+}
+
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,24 @@ use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 
-/// Held by those who may end a connection, and by its socket. One socket, read and written by one thread.
+/// Held by whoever a connection belongs to: severed when dropped, be it in the middle of connecting.
+#[derive(Debug, Default)]
+pub(super) struct Owner(Lifeline);
+
+impl Owner {
+    /// For the socket.
+    pub(super) fn lifeline(&self) -> Lifeline {
+        self.0.clone()
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.sever();
+    }
+}
+
+/// Held by the socket, which one thread reads and writes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lifeline(Arc<Line>);
 
@@ -24,7 +41,7 @@ struct Line {
 
 impl Lifeline {
     /// Every read and write from now on fails.
-    pub(super) fn sever(&self) {
+    fn sever(&self) {
         self.0.is_severed.store(true, Ordering::Release);
         self.0.reader.wake();
         self.0.writer.wake();

@@ -33,7 +33,7 @@ use crate::settings::{Amqp as Settings, SecretUrl};
 use acknowledger::Acknowledger;
 use consumer::Consumer;
 use frame_guard::{Guarded, GuardedTokio};
-use lifeline::Lifeline;
+use lifeline::Owner;
 use publisher::Publisher;
 use topology::{Names, TopologyError};
 
@@ -257,11 +257,11 @@ pub async fn try_out(settings: &Settings) -> Result<(), TopologyError> {
 
 type Events = BoxStream<'static, Event>;
 
-/// One connection, what happens to it, and the means to end it whatever happens.
+/// One connection and what happens to it; over when dropped.
 pub(crate) struct Link {
     connection: Connection,
     events: Events,
-    lifeline: Lifeline,
+    _owner: Owner,
 }
 
 impl Link {
@@ -271,8 +271,8 @@ impl Link {
         let mut uri: AMQPUri = url.expose().parse().map_err(|error: String| BrokerError::other(&doing, error))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        let lifeline = Lifeline::default();
-        let of_socket = lifeline.clone();
+        let owner = Owner::default();
+        let lifeline = owner.lifeline();
         let connected = Connection::connector(
             uri,
             GuardedTokio::current(),
@@ -282,31 +282,23 @@ impl Link {
                 let runtime = async_rs::Runtime::tokio_current();
                 let socket = uri.connect_with_config_async(TLSConfig::default(), &runtime);
                 let socket = timeout(CONNECT_LIMIT, socket).await.map_err(io::Error::from)??;
-                Ok(AsyncTcpStream::Plain(Guarded::new(socket, of_socket.clone())))
+                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone())))
             },
             properties,
         );
-        match within(CONNECT_LIMIT, doing, connected).await {
-            Ok(connection) => {
-                let events = connection.events_listener().boxed();
-                Ok(Self { connection, events, lifeline })
-            }
-            Err(error) => {
-                lifeline.sever();
-                Err(error)
-            }
-        }
+        let connection = within(CONNECT_LIMIT, doing, connected).await?;
+        Ok(Self { events: connection.events_listener().boxed(), connection, _owner: owner })
     }
 
     pub(crate) fn connection(&self) -> &Connection {
         &self.connection
     }
 
-    /// Closes it in good order, or gives up waiting for that and breaks it off.
-    pub(crate) async fn close(&self) {
-        if let Err(error) = within(CLOSE_LIMIT, "close", self.connection.close(200, "OK".into())).await {
+    /// Closes it in good order, or gives up waiting for that; either way it is over then.
+    pub(crate) async fn close(self) {
+        let Self { connection, _owner, .. } = self;
+        if let Err(error) = within(CLOSE_LIMIT, "close", connection.close(200, "OK".into())).await {
             tracing::debug!(%error, "a connection did not close in good order");
-            self.lifeline.sever();
         }
     }
 }

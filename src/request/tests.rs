@@ -127,6 +127,23 @@ fn a_body_that_is_not_a_request_is_told_where_and_why() {
     }
 }
 
+/// `make fuzz` looks for more of them, and checks more.
+#[test]
+fn every_body_that_fuzzing_kept_is_taken_or_refused_in_one_line() {
+    let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/body")).expect("the kept bodies");
+    let (mut taken, mut refused) = (0, 0);
+    for file in corpus {
+        let body = std::fs::read(file.unwrap().path()).unwrap();
+        if Request::parse(&message(&body), &LIMITS).is_ok() {
+            taken += 1;
+        } else {
+            refusal(&message(&body));
+            refused += 1;
+        }
+    }
+    assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
+}
+
 #[test]
 fn what_stands_behind_a_request_is_refused_unless_it_is_white() {
     let body = with("service", r#""a":1"#);

@@ -140,7 +140,7 @@ impl<'a> Settling<'a> {
 
     /// One frame for all, unless some delivered before them are not settled yet: then one frame for all before the
     /// first of those, and one for each of the rest.
-    async fn acknowledge(&self, settled: &[u64]) -> Result<(), BrokerError> {
+    async fn acknowledge(&mut self, settled: &[u64]) -> Result<(), BrokerError> {
         let (together, singly) = match self.held.first() {
             Some(held) => settled.split_at(settled.partition_point(|tag| tag < held)),
             None => (settled, &[][..]),

@@ -1,6 +1,6 @@
 //! Workers that start, stop and die, and servers that go away and come back: nothing is lost, nothing is made twice.
 //!
-//! What must happen at one certain moment is made to: a [`Gate`] holds the worker there.
+//! What must happen at one certain moment is made to: a [`Proxy`] holds the worker there.
 
 use std::collections::HashMap;
 use std::process::Command;
@@ -9,9 +9,9 @@ use futures_util::StreamExt;
 use lapin::options::QueueDeleteOptions;
 use redis::aio::MultiplexedConnection;
 
-use crate::gate::Gate;
 use crate::harness::{Client, Space, Worker, amqp_url, eventually, redis_url, server, soon};
 use crate::load::{Asked, Load, assert_promises_kept};
+use crate::proxy::Proxy;
 
 /// What a worker holds at most, as the tests below set it.
 const PREFETCH: usize = 256;
@@ -33,7 +33,7 @@ async fn in_the_store(space: &Space) {
 }
 
 /// Sends one request, which the worker is made to wait with, and all others behind it.
-async fn start_behind_one(space: &Space, mut requests: Vec<Asked>, held_by: &Gate) -> Load {
+async fn start_behind_one(space: &Space, mut requests: Vec<Asked>, held_by: &Proxy) -> Load {
     held_by.hold_answers();
     let others = requests.split_off(1);
     let mut load = Load::start(space, requests).await;
@@ -72,7 +72,7 @@ fn times(worker: &Worker, text: &str) -> usize {
 
 /// A worker with hundreds of requests in hand, all in the store at the time it is told to stop.
 async fn drains_on(signal: &str) {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     let mut first = space.worker_with(&[("redis.url", &store.url())]).await;
     let mut load = start_behind_one(&space, Asked::mixed(2 * PREFETCH), &store).await;
     let client = space.client().await;
@@ -132,7 +132,7 @@ async fn workers_that_are_replaced_under_load_on_a_classic_queue_lose_nothing_an
 #[tokio::test]
 async fn a_drained_worker_takes_leave_of_the_broker_on_both_connections() {
     const CONNECTION_CLOSE_OK: &[u8] = &[1, 0, 0, 0, 0, 0, 4, 0, 10, 0, 51, 0xce];
-    let (space, broker) = (Space::new(), Gate::open_to(&amqp_url()));
+    let (space, broker) = (Space::new(), Proxy::open_to(&amqp_url()));
     for _ in 0..5 {
         let before = broker.passages().len();
         let mut worker = space.worker_with(&[("amqp.url", &broker.url())]).await;
@@ -145,7 +145,7 @@ async fn a_drained_worker_takes_leave_of_the_broker_on_both_connections() {
 
 #[tokio::test]
 async fn a_second_signal_ends_a_worker_at_once_and_its_requests_go_to_another() {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     let mut first = space.worker_with(&[("redis.url", &store.url())]).await;
     store.hold_answers();
     let load = Load::start(&space, Asked::mixed(100)).await;
@@ -160,7 +160,7 @@ async fn a_second_signal_ends_a_worker_at_once_and_its_requests_go_to_another() 
 
 #[tokio::test]
 async fn a_drain_that_cannot_finish_ends_at_its_deadline_and_says_what_was_left() {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     let settings = [("redis.url", &*store.url()), ("worker.drain_seconds", "1")];
     let mut first = space.worker_with(&settings).await;
     store.shut();
@@ -175,7 +175,7 @@ async fn a_drain_that_cannot_finish_ends_at_its_deadline_and_says_what_was_left(
 
 #[tokio::test]
 async fn a_worker_that_waits_for_its_servers_ends_as_soon_as_it_is_told_to() {
-    let (store, broker) = (Gate::shut_to(&redis_url()), Gate::shut_to(&amqp_url()));
+    let (store, broker) = (Proxy::shut_to(&redis_url()), Proxy::shut_to(&amqp_url()));
     let space = Space::new();
     for setting in [("redis.url", &*store.url()), ("amqp.url", &broker.url())] {
         let mut worker = space.start_worker(&[setting]);
@@ -188,7 +188,7 @@ async fn a_worker_that_waits_for_its_servers_ends_as_soon_as_it_is_told_to() {
 
 #[tokio::test]
 async fn killed_between_the_stores_work_and_the_reply_a_request_is_answered_as_created_by_the_next_worker() {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     let mut first = space.worker_with(&[("redis.url", &store.url())]).await;
     store.hold_answers();
     let load = Load::start(&space, vec![Asked::new("C1", "new", "call")]).await;
@@ -201,7 +201,7 @@ async fn killed_between_the_stores_work_and_the_reply_a_request_is_answered_as_c
 
 #[tokio::test]
 async fn killed_between_the_reply_and_its_acknowledgement_a_request_gets_the_same_reply_again() {
-    let (space, store, broker) = (Space::new(), Gate::open_to(&redis_url()), Gate::open_to(&amqp_url()));
+    let (space, store, broker) = (Space::new(), Proxy::open_to(&redis_url()), Proxy::open_to(&amqp_url()));
     let mut first = space.worker_with(&[("redis.url", &store.url()), ("amqp.url", &broker.url())]).await;
     store.hold_answers();
     let mut load = Load::start(&space, vec![Asked::new("C1", "new", "call")]).await;
@@ -253,9 +253,9 @@ async fn rabbitmqctl(arguments: &[&str]) -> String {
     String::from_utf8(soon("rabbitmqctl", output).await.unwrap().stdout).unwrap()
 }
 
-/// Has the broker close the connections that come through the gate, as its operator would.
-async fn close_connections(gate: &Gate) {
-    let passages: Vec<String> = gate.passages().iter().map(|passage| passage.port.to_string()).collect();
+/// Has the broker close the connections that come through the proxy, as its operator would.
+async fn close_connections(proxy: &Proxy) {
+    let passages: Vec<String> = proxy.passages().iter().map(|passage| passage.port.to_string()).collect();
     let listed = rabbitmqctl(&["-q", "list_connections", "peer_port", "pid"]).await;
     let connections = listed.lines().filter_map(|line| line.split_once('\t'));
     let close: Vec<_> = connections
@@ -270,7 +270,7 @@ async fn close_connections(gate: &Gate) {
 
 #[tokio::test]
 async fn connections_that_the_broker_closes_are_made_anew_and_the_outage_is_two_lines() {
-    let (space, store, broker) = (Space::new(), Gate::open_to(&redis_url()), Gate::open_to(&amqp_url()));
+    let (space, store, broker) = (Space::new(), Proxy::open_to(&redis_url()), Proxy::open_to(&amqp_url()));
     let mut worker = space.worker_with(&[("redis.url", &store.url()), ("amqp.url", &broker.url())]).await;
     let load = start_behind_one(&space, Asked::mixed(2 * PREFETCH), &store).await;
     left_in_queue(&space.client().await, &space, PREFETCH).await;
@@ -284,7 +284,7 @@ async fn connections_that_the_broker_closes_are_made_anew_and_the_outage_is_two_
 
 #[tokio::test]
 async fn a_broker_that_goes_away_under_load_and_comes_back_costs_nothing() {
-    let (space, broker) = (Space::new(), Gate::open_to(&amqp_url()));
+    let (space, broker) = (Space::new(), Proxy::open_to(&amqp_url()));
     let mut worker = space.worker_with(&[("amqp.url", &broker.url())]).await;
     let mut load = Load::start(&space, Asked::mixed(3000)).await;
     for round in 1..=3 {
@@ -299,7 +299,7 @@ async fn a_broker_that_goes_away_under_load_and_comes_back_costs_nothing() {
 
 #[tokio::test]
 async fn a_request_queue_that_is_deleted_under_load_is_declared_again_and_work_goes_on() {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     // A classic queue tells its consumers at once, a quorum queue when they next speak to it.
     let settings = [("redis.url", &*store.url()), ("amqp.queue_type", "classic")];
     let mut worker = space.worker_with(&settings).await;
@@ -323,7 +323,7 @@ async fn a_request_queue_that_is_deleted_under_load_is_declared_again_and_work_g
 
 #[tokio::test]
 async fn a_broker_that_is_not_there_at_the_start_is_waited_for_and_mentioned_once() {
-    let (space, store, broker) = (Space::new(), Gate::open_to(&redis_url()), Gate::shut_to(&amqp_url()));
+    let (space, store, broker) = (Space::new(), Proxy::open_to(&redis_url()), Proxy::shut_to(&amqp_url()));
     let mut worker = space.start_worker(&[("redis.url", &store.url()), ("amqp.url", &broker.url())]);
     // Each attempt begins with the store, so this many have been made.
     eventually("three attempts", async || (store.passages().len() > 3).then_some(())).await;
@@ -338,7 +338,7 @@ async fn a_broker_that_is_not_there_at_the_start_is_waited_for_and_mentioned_onc
 
 #[tokio::test]
 async fn a_store_that_is_not_there_at_the_start_is_waited_for() {
-    let (space, store) = (Space::new(), Gate::shut_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::shut_to(&redis_url()));
     let mut worker = space.start_worker(&[("redis.url", &store.url())]);
     worker.says("not consuming").await;
     store.open();
@@ -383,7 +383,7 @@ async fn connections_to_the_store_that_are_killed_under_load_cost_nothing() {
 
 #[tokio::test]
 async fn while_the_store_is_away_requests_are_held_and_then_answered_and_the_outage_is_two_lines() {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     let mut worker = space.worker_with(&[("redis.url", &store.url())]).await;
     let mut load = Load::start(&space, Asked::mixed(2000)).await;
     load.answered(500).await;
@@ -397,7 +397,7 @@ async fn while_the_store_is_away_requests_are_held_and_then_answered_and_the_out
 
 #[tokio::test]
 async fn requests_of_a_worker_whose_store_stays_away_go_to_one_whose_store_answers() {
-    let (space, store) = (Space::new(), Gate::open_to(&redis_url()));
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
     let mut first = space.worker_with(&[("redis.url", &store.url()), ("worker.hold_seconds", "1")]).await;
     store.shut();
     let mut load = Load::start(&space, Asked::mixed(100)).await;

@@ -3,11 +3,12 @@
 // The leave that clippy.toml gives tests ends at functions without #[test]; what helps a test is one too.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
+mod checker;
 mod commands;
 mod contract;
 mod crash_points;
+mod cuts;
 mod dead_letters;
-mod gate;
 mod harness;
 mod lifecycle;
 mod load;
@@ -15,6 +16,8 @@ mod model;
 mod odd_messages;
 mod poison;
 mod properties;
+mod proxy;
+mod proxy_tests;
 mod race;
 mod raw_amqp;
 mod refusals;

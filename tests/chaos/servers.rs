@@ -1,0 +1,218 @@
+//! The two servers: taken down and brought back, told what to do, and looked into.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+use std::time::Duration;
+
+use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use redis::AsyncConnectionConfig;
+use redis::aio::MultiplexedConnection;
+use tokio::time::timeout;
+
+use crate::history::{History, Object, Part, Stored};
+
+/// For a healthy server to answer.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Trees that are read at a time.
+const TREES: usize = 100;
+
+pub(crate) const BROKER: &str = "rabbitmq";
+pub(crate) const REDIS: &str = "redis";
+
+pub(crate) struct Servers {
+    pub(crate) amqp_url: String,
+    pub(crate) redis_url: String,
+}
+
+impl Servers {
+    pub(crate) fn from_environment() -> Self {
+        let redis_url = variable("COMPOSITE_START__REDIS__URL");
+        Self { amqp_url: variable("COMPOSITE_START__AMQP__URL"), redis_url }
+    }
+
+    /// `kill`, `start`, `restart`, `pause` or `resume`; returns when it is done.
+    pub(crate) async fn command(&self, doing: &str, server: &str) {
+        run(&variable("COMPOSITE_START_TEST_SERVER"), &[doing, server]).await;
+    }
+
+    pub(crate) async fn rabbitmqctl(&self, arguments: &[&str]) {
+        run(&variable("COMPOSITE_START_TEST_RABBITMQCTL"), arguments).await;
+    }
+
+    pub(crate) async fn redis(&self, command: &[&str]) {
+        let mut redis = self.redis_connection().await;
+        redis::cmd(command[0]).arg(&command[1..]).exec_async(&mut redis).await.unwrap();
+    }
+
+    async fn redis_connection(&self) -> MultiplexedConnection {
+        let limits = AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
+        let client = redis::Client::open(&*self.redis_url).unwrap();
+        client.get_multiplexed_async_connection_with_config(&limits).await.unwrap()
+    }
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `make chaos`, which starts the servers"))
+}
+
+async fn run(program: &str, arguments: &[&str]) {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+// ---- the broker
+
+/// Looks at queues over a connection of its own, which is made anew as often as it takes.
+pub(crate) struct Observer {
+    url: String,
+    line: Option<(Connection, Channel)>,
+}
+
+pub(crate) struct Queue {
+    pub(crate) messages: u32,
+    pub(crate) consumers: u32,
+}
+
+impl Observer {
+    pub(crate) fn new(url: &str) -> Self {
+        Self { url: format!("{url}?heartbeat=10"), line: None }
+    }
+
+    /// `None` if the broker does not say, or says that there is no such queue.
+    pub(crate) async fn queue(&mut self, name: &str) -> Option<Queue> {
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let channel = self.channel().await?;
+        let queue = timeout(LIMIT, channel.queue_declare(name.into(), passive, FieldTable::default())).await;
+        let queue = self.kept(queue)?;
+        Some(Queue { messages: queue.message_count(), consumers: queue.consumer_count() })
+    }
+
+    pub(crate) async fn delete(&mut self, name: &str) {
+        if let Some(channel) = self.channel().await {
+            let deleted = timeout(LIMIT, channel.queue_delete(name.into(), QueueDeleteOptions::default())).await;
+            self.kept(deleted);
+        }
+    }
+
+    /// Takes all messages: the properties of each.
+    pub(crate) async fn take_all(&mut self, name: &str) -> Vec<BasicProperties> {
+        let channel = self.channel().await.expect("the broker is there");
+        let mut taken = Vec::new();
+        while let Some(message) = timeout(LIMIT, channel.basic_get(name.into(), BasicGetOptions { no_ack: true }))
+            .await
+            .expect("the broker answers")
+            .unwrap()
+        {
+            taken.push(message.delivery.properties);
+        }
+        taken
+    }
+
+    async fn channel(&mut self) -> Option<Channel> {
+        if self.line.as_ref().is_none_or(|(_, channel)| !channel.status().connected()) {
+            let opened = timeout(LIMIT, async {
+                let connection = Connection::connect(&self.url, ConnectionProperties::default()).await?;
+                let channel = connection.create_channel().await?;
+                lapin::Result::Ok((connection, channel))
+            });
+            self.line = opened.await.ok()?.ok();
+        }
+        self.line.as_ref().map(|(_, channel)| channel.clone())
+    }
+
+    /// After a failure the connection is not used again.
+    fn kept<T>(&mut self, result: Result<lapin::Result<T>, tokio::time::error::Elapsed>) -> Option<T> {
+        let value = result.ok().and_then(Result::ok);
+        if value.is_none() {
+            self.line = None;
+        }
+        value
+    }
+}
+
+/// What a dead letter says of itself: its `message_id`, and why it is there.
+pub(crate) fn dead_letter(properties: &BasicProperties) -> (String, String) {
+    let id = properties.message_id().as_ref().map_or("(no message_id)", |id| id.as_str());
+    let headers = properties.headers().clone().unwrap_or_default();
+    let why = match headers.inner().get("x-refusal-message") {
+        Some(AMQPValue::LongString(reason)) => reason.to_string(),
+        _ => format!("{:?}", headers.inner().get("x-death")),
+    };
+    (id.to_owned(), why)
+}
+
+// ---- the store
+
+impl Servers {
+    /// All that lies in Redis.
+    pub(crate) async fn read_store(&self, history: &mut History) {
+        let mut redis = self.redis_connection().await;
+        let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut redis).await.unwrap();
+        let mut trees = Vec::new();
+        for key in keys {
+            match key.strip_prefix("cs:{").and_then(|rest| rest.split_once("}:")) {
+                Some((_, "seq")) => {}
+                Some((_, "ids")) => trees.push((key, None)),
+                Some((_, tree)) => match tree.strip_prefix("tree:").and_then(customer) {
+                    Some(customer) => trees.push((key, Some(customer))),
+                    None => history.strange.push(format!("Redis holds the key {key}")),
+                },
+                None => history.strange.push(format!("Redis holds the key {key}")),
+            }
+        }
+        for some in trees.chunks(TREES) {
+            let mut pipeline = redis::pipe();
+            for (key, _) in some {
+                pipeline.cmd("HGETALL").arg(key);
+            }
+            let hashes: Vec<BTreeMap<String, String>> = pipeline.query_async(&mut redis).await.unwrap();
+            for ((key, customer), hash) in some.iter().zip(hashes) {
+                let read = match customer {
+                    Some(customer) => read_tree(*customer, &hash, history),
+                    None => read_ids(&hash, history),
+                };
+                if read.is_none() {
+                    history.strange.push(format!("{key} in Redis cannot be read: {hash:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// `//c7/booking/` is that of customer 7.
+fn customer(identity: &str) -> Option<u32> {
+    identity.strip_prefix("//c")?.strip_suffix("/booking/")?.parse().ok()
+}
+
+fn read_ids(hash: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
+    for (id, identity) in hash {
+        history.ids.insert(id.parse().ok()?, customer(identity)?);
+    }
+    Some(())
+}
+
+/// The pointers of a tree, and which requests left their mark on what they point at.
+fn read_tree(customer: u32, hash: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
+    let mut marks: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
+    for name in hash.keys() {
+        if let Some((id, request)) = name.split_once(".data.r") {
+            marks.entry(id.parse().ok()?).or_default().insert(request.parse().ok()?);
+        }
+    }
+    for (name, value) in hash.iter().filter(|(name, _)| !name.contains('.')) {
+        let part = match name.split_once(':') {
+            None if name == "service" => Part::Service,
+            Some(("state", state)) => Part::State(state.strip_prefix('s')?.parse().ok()?),
+            Some(("task", task)) => Part::Task(task.strip_prefix('t')?.parse().ok()?),
+            _ => return None,
+        };
+        let id = value.split_once(':')?.0.parse().ok()?;
+        let marks = marks.remove(&id).unwrap_or_default();
+        history.stored.push(Stored { object: Object { customer, part }, id, marks });
+    }
+    marks.is_empty().then_some(())
+}

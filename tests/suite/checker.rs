@@ -1,0 +1,256 @@
+//! The checker of `make chaos` on histories that are doctored: one that finds nothing in them would prove nothing.
+
+#[path = "../chaos/history.rs"]
+mod history;
+
+use history::{Answer, Breach, Entry, Finding, History, Kind, Object, Part, Request, Stored, Told, check};
+
+/// A good history: two creators, a finder that comes later, a refusal and a dead letter.
+///
+/// ```text
+/// time      0 ......... 10        20 ......... 30
+/// r0        c1: s0, t0 (new), then c1: s1 (new)
+/// r1            c2: s0 (new)
+/// r2                              c1: s0, t0 (found), then c2: s0 (found)
+/// r3, r4    refused
+/// ```
+fn good() -> History {
+    let request = |kind, entries: &[Entry], sent, answer| Request {
+        kind,
+        entries: entries.into(),
+        first_sent: sent,
+        confirmed: true,
+        answer,
+        unequal: Vec::new(),
+    };
+    let refused = Answer { at: 10, status: 400, objects: Box::default() };
+    History {
+        requests: vec![
+            request(
+                Kind::Good,
+                &[entry(1, 0, Some(0)), entry(1, 1, None)],
+                0,
+                Some(told(10, &[(1, true), (2, true), (3, true), (1, false), (4, true)])),
+            ),
+            request(Kind::Good, &[entry(2, 0, None)], 5, Some(told(10, &[(5, true), (6, true)]))),
+            request(
+                Kind::Good,
+                &[entry(1, 0, Some(0)), entry(2, 0, None)],
+                20,
+                Some(told(30, &[(1, false), (2, false), (3, false), (5, false), (6, false)])),
+            ),
+            request(Kind::Refused, &[entry(1, 0, None)], 0, Some(refused)),
+            request(Kind::RefusedSilently, &[entry(1, 0, None)], 0, None),
+        ],
+        stored: vec![
+            stored(1, Part::Service, 1, &[]),
+            stored(1, Part::State(0), 2, &[0, 2]),
+            stored(1, Part::Task(0), 3, &[]),
+            stored(1, Part::State(1), 4, &[0]),
+            stored(2, Part::Service, 5, &[]),
+            stored(2, Part::State(0), 6, &[1, 2]),
+        ],
+        ids: [(1, 1), (5, 2)].into(),
+        strange: Vec::new(),
+        dead_letters: vec![("r4".to_owned(), "services[0].state.state_type: required".to_owned())],
+        seconds: 0,
+    }
+}
+
+fn entry(customer: u32, state: u8, task: Option<u8>) -> Entry {
+    Entry { customer, state, task }
+}
+
+fn told(at: u64, objects: &[(u64, bool)]) -> Answer {
+    let objects = objects.iter().map(|(id, created)| Told { id: *id, created: *created }).collect();
+    Answer { at, status: 200, objects }
+}
+
+fn stored(customer: u32, part: Part, id: u64, marks: &[u32]) -> Stored {
+    Stored { object: Object { customer, part }, id, marks: marks.iter().copied().collect() }
+}
+
+/// The findings in a good history that was then doctored.
+fn found(doctor: impl FnOnce(&mut History)) -> Vec<Finding> {
+    let mut history = good();
+    doctor(&mut history);
+    check(&history)
+}
+
+#[track_caller]
+fn assert_finds(breach: Breach, text: &str, doctor: impl FnOnce(&mut History)) {
+    let findings = found(doctor);
+    let is_found = findings.iter().any(|finding| finding.breach == breach && finding.text.contains(text));
+    assert!(is_found, "{breach:?} {text:?} is not among {findings:?}");
+}
+
+fn objects(history: &mut History, request: usize) -> &mut [Told] {
+    &mut history.requests[request].answer.as_mut().unwrap().objects
+}
+
+#[test]
+fn nothing_is_found_in_a_good_history() {
+    let findings = found(|_| {});
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+#[test]
+fn a_request_without_an_answer_is_lost() {
+    assert_finds(Breach::Lost, "r2 got no answer (confirmed)", |history| history.requests[2].answer = None);
+    assert_finds(Breach::Lost, "r3 got no answer", |history| history.requests[3].answer = None);
+    assert_finds(Breach::Lost, "r4 was never taken", |history| history.requests[4].confirmed = false);
+}
+
+#[test]
+fn an_object_with_two_ids_is_doubled() {
+    assert_finds(Breach::Doubled, "state s0 of c2 has the ids {6, 7}", |history| objects(history, 2)[4].id = 7);
+}
+
+#[test]
+fn an_object_with_two_creators_is_doubled() {
+    assert_finds(Breach::Doubled, "the service of c2 was created by [(1, 0), (2, 1)]", |history| {
+        objects(history, 2)[3].created = true;
+    });
+}
+
+#[test]
+fn an_object_that_two_entries_of_a_request_created_is_doubled() {
+    assert_finds(Breach::Doubled, "the service of c1 was created by [(0, 0), (0, 1)]", |history| {
+        objects(history, 0)[3].created = true;
+    });
+}
+
+#[test]
+fn objects_that_share_an_id_are_doubled() {
+    assert_finds(Breach::Doubled, "share the id 3", |history| {
+        objects(history, 0)[4].id = 3;
+        history.stored[3].id = 3;
+    });
+}
+
+#[test]
+fn an_object_that_nobody_created_is_wrong() {
+    assert_finds(Breach::Wrong, "task t0 of c1: nobody was told that it was created", |history| {
+        objects(history, 0)[2].created = false;
+    });
+}
+
+#[test]
+fn unequal_replies_to_one_request_are_wrong() {
+    assert_finds(Breach::Wrong, "r0 got an unequal answer", |history| {
+        history.requests[0].unequal.push("500".to_owned());
+    });
+}
+
+#[test]
+fn a_good_request_that_is_refused_or_half_answered_is_wrong() {
+    assert_finds(Breach::Wrong, "r2 (Good) got status 500", |history| {
+        history.requests[2].answer.as_mut().unwrap().status = 500;
+    });
+    assert_finds(Breach::Wrong, "r1 (Good) got status 200 and 1 objects", |history| {
+        history.requests[1].answer = Some(told(10, &[(5, true)]));
+    });
+}
+
+#[test]
+fn a_bad_request_that_is_done_is_wrong() {
+    assert_finds(Breach::Wrong, "r3 (Refused) got status 200", |history| {
+        history.requests[3].answer = Some(told(10, &[(1, false), (2, false)]));
+    });
+}
+
+#[test]
+fn found_before_the_creator_was_sent_is_wrong() {
+    assert_finds(Breach::Wrong, "in a circle", |history| {
+        let Request { first_sent, answer, .. } = &mut history.requests[2];
+        *first_sent = 0;
+        answer.as_mut().unwrap().at = 4;
+        // c1 is created by r0, which was sent by then; c2 by r1, which was not.
+        history.requests[0].first_sent = 1;
+    });
+}
+
+#[test]
+fn found_while_the_creator_was_under_way_is_right() {
+    let findings = found(|history| history.requests[2].first_sent = 0);
+    assert!(findings.is_empty(), "{findings:?}");
+    let findings = found(|history| {
+        history.requests[2].first_sent = 0;
+        history.requests[2].answer.as_mut().unwrap().at = 6;
+    });
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+/// Each creates the one and finds the other, at the same time: neither can have been first.
+#[test]
+fn an_order_that_bites_its_tail_is_wrong() {
+    assert_finds(Breach::Wrong, "c1: each before the next, in a circle: r2[0], r0[0]", |history| {
+        let other = &mut history.requests[2];
+        other.first_sent = 0;
+        other.entries[0] = entry(1, 1, Some(0));
+        other.answer = Some(told(30, &[(1, false), (4, true), (3, false), (5, false), (6, false)]));
+        // s1 was created by r2, which found what r0[0] had created; and r0[0], before r0[1], found s1.
+        history.requests[0].entries[0].state = 1;
+        history.requests[0].answer = Some(told(10, &[(1, true), (4, false), (3, true), (1, false), (4, false)]));
+    });
+}
+
+/// The first entry finds what the second one creates.
+#[test]
+fn entries_out_of_their_order_are_wrong() {
+    assert_finds(Breach::Wrong, "in a circle", |history| {
+        objects(history, 0)[0].created = false;
+        objects(history, 0)[3].created = true;
+    });
+}
+
+#[test]
+fn an_object_in_redis_that_nobody_was_told_of_is_wrong() {
+    assert_finds(Breach::Wrong, "task t9 of c2 is in Redis, and nobody was told of it", |history| {
+        history.stored.push(stored(2, Part::Task(9), 9, &[]));
+    });
+    assert_finds(Breach::Wrong, "a key", |history| history.strange.push("a key".to_owned()));
+}
+
+#[test]
+fn an_object_that_is_not_in_redis_or_is_another_there_is_wrong() {
+    assert_finds(Breach::Wrong, "state s0 of c2 is not in Redis", |history| history.stored.truncate(5));
+    assert_finds(Breach::Wrong, "state s0 of c2 is 8 in Redis", |history| history.stored[5].id = 8);
+}
+
+#[test]
+fn hashes_of_ids_that_name_other_services_are_wrong() {
+    assert_finds(Breach::Wrong, "the hashes of ids", |history| history.ids.extend([(9, 9)]));
+    assert_finds(Breach::Wrong, "the hashes of ids", |history| history.ids.retain(|id, _| *id != 5));
+}
+
+#[test]
+fn an_update_that_was_lost_is_wrong() {
+    assert_finds(Breach::Wrong, "state s0 of c1 lacks the data of requests [2]", |history| {
+        history.stored[1].marks.remove(&2);
+    });
+}
+
+#[test]
+fn a_trace_of_a_refused_request_is_wrong() {
+    assert_finds(Breach::Wrong, "has those of [3]", |history| history.stored[1].marks.extend([3]));
+}
+
+#[test]
+fn a_missing_dead_letter_and_one_too_many_are_found() {
+    assert_finds(Breach::DeadLetters, "r4 was refused and is not among", |history| history.dead_letters.clear());
+    assert_finds(Breach::DeadLetters, "r1 is among the dead letters: delivery_limit", |history| {
+        history.dead_letters.push(("r1".to_owned(), "delivery_limit".to_owned()));
+    });
+}
+
+#[test]
+fn a_dead_letter_that_came_twice_is_right() {
+    let findings = found(|history| history.dead_letters.push(history.dead_letters[0].clone()));
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+#[test]
+fn a_run_with_few_successes_is_found() {
+    assert_finds(Breach::TooFew, "3 successes are fewer than 1000", |history| history.seconds = 60);
+}
