@@ -349,7 +349,10 @@ impl Incoming {
 
 impl Client {
     pub async fn connect(queue: &str) -> Self {
-        let channel = channel().await;
+        Self::connect_on(channel().await, queue).await
+    }
+
+    pub async fn connect_on(channel: Channel, queue: &str) -> Self {
         let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
         let declared = soon("declare", channel.queue_declare("".into(), exclusive, FieldTable::default())).await;
         let reply_to = declared.unwrap().name().to_string();

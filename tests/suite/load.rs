@@ -47,7 +47,11 @@ impl Asked {
 
 impl Load {
     pub(crate) async fn connect(space: &Space) -> Self {
-        Self { client: space.client().await, asked: BTreeMap::new(), answers: BTreeMap::new() }
+        Self::with(space.client().await)
+    }
+
+    pub(crate) fn with(client: Client) -> Self {
+        Self { client, asked: BTreeMap::new(), answers: BTreeMap::new() }
     }
 
     /// Connects and sends.

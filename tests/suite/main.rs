@@ -3,6 +3,7 @@
 // The leave that clippy.toml gives tests ends at functions without #[test]; what helps a test is one too.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
+mod alarm;
 mod checker;
 mod commands;
 mod contract;
@@ -15,6 +16,7 @@ mod load;
 mod model;
 mod odd_messages;
 mod poison;
+mod private_redis;
 mod properties;
 mod proxy;
 mod proxy_tests;
@@ -22,4 +24,5 @@ mod race;
 mod raw_amqp;
 mod refusals;
 mod store;
+mod store_faults;
 mod topology;

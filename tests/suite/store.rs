@@ -1,7 +1,6 @@
 //! The store alone, on a real Redis: what it finds and creates, and what it does when the server lets it down.
 
 use std::collections::{BTreeMap, HashSet};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,9 +11,9 @@ use composite_start::store::keys::Keys;
 use composite_start::store::script::{Call, FIND_OR_CREATE};
 use composite_start::store::{EntryFailure, Found, Object, Store, Unavailable};
 use redis::aio::MultiplexedConnection;
-use tempfile::TempDir;
 
-use crate::harness::{Space, body, entry, eventually, redis_connection, redis_url, soon};
+use crate::harness::{Space, body, entry, redis_url, soon};
+use crate::private_redis::PrivateRedis;
 
 pub(crate) const BUCKETS: u64 = 16384;
 const NOW: &str = r#""2026-01-31T08:30:00.000Z""#;
@@ -412,46 +411,6 @@ async fn a_pointer_that_cannot_be_read_fails_its_own_call_and_changes_nothing() 
 }
 
 // ---- servers that let us down
-
-/// A Redis of this test's own, for what others must not be disturbed by; it ends with the test.
-struct PrivateRedis {
-    process: Child,
-    folder: TempDir,
-}
-
-impl PrivateRedis {
-    async fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let process = Command::new("redis-server")
-            .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket", "socket", "--dir"])
-            .arg(folder.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is installed by scripts/install-servers");
-        let server = Self { process, folder };
-        eventually("a private Redis", async || redis_connection(&server.url()).await.ok()).await;
-        server
-    }
-
-    fn url(&self) -> String {
-        format!("redis+unix://{}", self.folder.path().join("socket").display())
-    }
-
-    async fn connection(&self) -> MultiplexedConnection {
-        redis_connection(&self.url()).await.unwrap()
-    }
-
-    async fn does(&self, command: &[&str]) -> redis::Value {
-        redis::cmd(command[0]).arg(&command[1..]).query_async(&mut self.connection().await).await.unwrap()
-    }
-}
-
-impl Drop for PrivateRedis {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 #[tokio::test]
 async fn a_script_that_the_server_forgot_is_brought_back() {

@@ -1,0 +1,48 @@
+//! A Redis that nobody else uses: for what would disturb the other tests.
+
+use std::process::{Child, Command, Stdio};
+
+use redis::aio::MultiplexedConnection;
+use tempfile::TempDir;
+
+use crate::harness::{eventually, redis_connection};
+
+/// A server with a socket in a folder of its own; ended when dropped.
+pub(crate) struct PrivateRedis {
+    process: Child,
+    pub(crate) folder: TempDir,
+}
+
+impl PrivateRedis {
+    pub(crate) async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let process = Command::new("redis-server")
+            .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket", "socket", "--dir"])
+            .arg(folder.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis-server is installed by scripts/install-servers");
+        let server = Self { process, folder };
+        eventually("a private Redis", async || redis_connection(&server.url()).await.ok()).await;
+        server
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("redis+unix://{}", self.folder.path().join("socket").display())
+    }
+
+    pub(crate) async fn connection(&self) -> MultiplexedConnection {
+        redis_connection(&self.url()).await.unwrap()
+    }
+
+    pub(crate) async fn does(&self, command: &[&str]) -> redis::Value {
+        redis::cmd(command[0]).arg(&command[1..]).query_async(&mut self.connection().await).await.unwrap()
+    }
+}
+
+impl Drop for PrivateRedis {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
