@@ -2,7 +2,7 @@
 
 use futures_util::future::join_all;
 
-use crate::harness::{Space, Worker};
+use crate::harness::{Space, Worker, body, entry};
 use crate::load::{Asked, Load, assert_promises_kept};
 
 const CLIENTS: usize = 8;
@@ -52,4 +52,23 @@ async fn requests_that_meet_on_parts_of_a_service_create_each_part_once() {
         ask_at_once(&mut loads, |client| (0..24).map(|n| asked(client, n)).collect()).await;
     }
     assert_promises_kept(&space, &loads).await;
+}
+
+/// Most are sent while the first is still in work; only one of them creates, and all are told so.
+#[tokio::test]
+async fn a_request_sent_a_thousand_times_at_once_is_answered_the_same_each_time() {
+    const TIMES: usize = 1000;
+    let space = Space::new();
+    let _workers = four_workers(&space).await;
+    let mut client = space.client().await;
+    let mut request =
+        client.outgoing(body(&[entry("C1", "booking", "new", "call"), entry("C1", "booking", "busy", "call")]));
+    request.properties = request.properties.with_message_id("the same".into());
+    join_all((0..TIMES).map(|_| client.send(&request))).await;
+    let first = client.reply().await;
+    // The second entry finds what the first one made.
+    assert_eq!([first.created(0), first.created(1)], [[true; 3], [false, true, false]]);
+    for _ in 1..TIMES {
+        assert_eq!(client.reply().await.body, first.body);
+    }
 }
