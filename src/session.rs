@@ -118,7 +118,8 @@ impl Session {
     /// The store first: while it cannot be reached, no requests are taken.
     async fn open(settings: &Settings, store: &mut Store) -> Result<Self, OpenError> {
         store.connect().await?;
-        let mut broker = Broker::connect(&settings.amqp.url).await?;
+        let request_bytes = settings.limits.body_bytes.saturating_mul(settings.amqp.prefetch.into());
+        let mut broker = Broker::connect(&settings.amqp.url, request_bytes).await?;
         let endpoints = broker.open(&settings.amqp).await?;
         Ok(Self { broker, endpoints })
     }

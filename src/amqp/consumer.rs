@@ -7,6 +7,7 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection};
 
 use super::acknowledger::Acknowledger;
+use super::allowance::Allowance;
 use super::delivery::Delivery;
 use super::topology::Names;
 use super::{ANSWER_LIMIT, BrokerError, within};
@@ -16,11 +17,17 @@ pub struct Consumer {
     channel: Channel,
     /// Fused: lapin tells the end of its stream once, and waits for ever if asked again.
     stream: Fuse<lapin::Consumer>,
+    allowance: Allowance,
 }
 
 impl Consumer {
     /// Starts consuming: never more than `prefetch` deliveries are unacknowledged.
-    pub(super) async fn open(connection: &Connection, names: &Names, prefetch: u16) -> Result<Self, BrokerError> {
+    pub(super) async fn open(
+        connection: &Connection,
+        allowance: &Allowance,
+        names: &Names,
+        prefetch: u16,
+    ) -> Result<Self, BrokerError> {
         let channel = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
         // Before the consumer: what is delivered without a prefetch is delivered without a bound.
         within(ANSWER_LIMIT, "basic.qos", channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
@@ -31,7 +38,7 @@ impl Consumer {
             FieldTable::default(),
         );
         let stream = within(ANSWER_LIMIT, format!("consume queue {}", names.queue), consumed).await?;
-        Ok(Self { channel, stream: stream.fuse() })
+        Ok(Self { channel, stream: stream.fuse(), allowance: allowance.clone() })
     }
 
     /// What acknowledges the deliveries of this consumer.
@@ -45,7 +52,7 @@ impl Consumer {
     /// Nothing is lost if the future is dropped while it waits.
     pub async fn next_batch(&mut self, limit: usize) -> Result<Option<Vec<Delivery>>, BrokerError> {
         let Some(first) = self.stream.next().await else { return Ok(None) };
-        let mut batch = vec![Delivery::from(first.map_err(consuming)?)];
+        let mut batch = vec![Delivery::new(first.map_err(consuming)?, &self.allowance)];
         self.arrived(limit, &mut batch)?;
         Ok(Some(batch))
     }
@@ -54,7 +61,7 @@ impl Consumer {
     pub fn arrived(&mut self, limit: usize, batch: &mut Vec<Delivery>) -> Result<(), BrokerError> {
         while batch.len() < limit {
             match self.stream.next().now_or_never() {
-                Some(Some(Ok(delivery))) => batch.push(delivery.into()),
+                Some(Some(Ok(delivery))) => batch.push(Delivery::new(delivery, &self.allowance)),
                 Some(Some(Err(error))) => return Err(consuming(error)),
                 // The end of the stream is met again by the next call.
                 Some(None) | None => break,

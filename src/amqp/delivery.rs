@@ -5,28 +5,30 @@ use std::borrow::Cow;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
+use super::allowance::{Allowance, Share};
 use super::frame_guard::UNREADABLE;
 use crate::request::{Header, Message};
 
 /// An unsettled request. What becomes of it is decided elsewhere.
 #[derive(Debug)]
-pub struct Delivery(lapin::message::Delivery);
+pub struct Delivery {
+    delivery: lapin::message::Delivery,
+    _share: Share,
+}
 
 /// The `delivery_mode` of a message that outlives a restart of the broker.
 pub(super) const PERSISTENT: u8 = 2;
 
-impl From<lapin::message::Delivery> for Delivery {
-    fn from(delivery: lapin::message::Delivery) -> Self {
-        Self(delivery)
-    }
-}
-
 impl Delivery {
+    pub(super) fn new(delivery: lapin::message::Delivery, allowance: &Allowance) -> Self {
+        Self { _share: allowance.share(delivery.data.len()), delivery }
+    }
+
     /// The message, borrowed from the delivery.
     pub fn message(&self) -> Message<'_> {
         let properties = self.properties();
         Message {
-            body: &self.0.data,
+            body: &self.delivery.data,
             content_type: properties.content_type().as_ref().map(ShortString::as_str),
             content_encoding: properties.content_encoding().as_ref().map(ShortString::as_str),
             reply_to: given(properties.reply_to().as_ref()).map(ShortString::as_str),
@@ -43,13 +45,13 @@ impl Delivery {
 
     /// Its number on its channel, by which it is acknowledged.
     pub fn tag(&self) -> u64 {
-        self.0.delivery_tag
+        self.delivery.delivery_tag
     }
 
     /// How often it has come back to its queue, as a quorum queue counts it; 0 where nothing counts.
     pub fn returns(&self) -> u64 {
         // On a first delivery the header is whatever a producer put there.
-        if !self.0.redelivered {
+        if !self.delivery.redelivered {
             return 0;
         }
         match self.headers().and_then(|headers| headers.inner().get("x-delivery-count")) {
@@ -66,15 +68,15 @@ impl Delivery {
 
     /// Whether it has been delivered before.
     pub fn is_redelivered(&self) -> bool {
-        self.0.redelivered
+        self.delivery.redelivered
     }
 
     pub(super) fn body(&self) -> &[u8] {
-        &self.0.data
+        &self.delivery.data
     }
 
     pub(super) fn properties(&self) -> &BasicProperties {
-        &self.0.properties
+        &self.delivery.properties
     }
 
     pub(super) fn reply_to(&self) -> Option<&ShortString> {

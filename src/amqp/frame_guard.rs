@@ -31,6 +31,7 @@ use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::{Stream, TryFutureExt};
 use lapin::AsyncTcpStream;
 
+use super::allowance::Allowance;
 use super::lifeline::Lifeline;
 
 /// The header under which a replaced content header says what was wrong with the one it replaces.
@@ -97,12 +98,14 @@ impl Reactor for GuardedTokio {
     }
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        self.0.tcp_connect_addr(addr).map_ok(|stream| Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default()))
+        self.0
+            .tcp_connect_addr(addr)
+            .map_ok(|stream| Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), Allowance::unlimited()))
     }
 }
 
-/// A stream of AMQP frames whose reader meets no content header that it could not read, and that ends when its
-/// [`Lifeline`] is severed.
+/// A stream of AMQP frames whose reader meets no content header that it could not read and no message that its
+/// [`Allowance`] does not cover, and that ends when its [`Lifeline`] is severed.
 pub(super) struct Guarded<S> {
     stream: S,
     lifeline: Lifeline,
@@ -110,8 +113,8 @@ pub(super) struct Guarded<S> {
 }
 
 impl<S> Guarded<S> {
-    pub(super) fn new(stream: S, lifeline: Lifeline) -> Self {
-        Self { stream, lifeline, buffer: Buffer::new() }
+    pub(super) fn new(stream: S, lifeline: Lifeline, allowance: Allowance) -> Self {
+        Self { stream, lifeline, buffer: Buffer::new(allowance) }
     }
 }
 
@@ -125,6 +128,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             let handed_out = buffer.hand_out(out);
             if handed_out > 0 {
                 return Poll::Ready(Ok(handed_out));
+            }
+            if buffer.has_message_waiting {
+                // In this order: what is given back in between is seen, or wakes.
+                buffer.allowance.wakes(cx);
+                buffer.look();
+                if buffer.has_message_waiting && buffer.start == buffer.looked {
+                    return Poll::Pending;
+                }
+                continue;
             }
             let read = ready!(Pin::new(&mut *stream).poll_read(cx, buffer.room()))?;
             if read == 0 {
@@ -176,11 +188,15 @@ struct Buffer {
     end: usize,
     /// This many bytes behind `looked` belong to a frame that passes as it comes.
     passing: usize,
+    allowance: Allowance,
+    /// Behind `looked` is the header of a message that the allowance does not cover now.
+    has_message_waiting: bool,
 }
 
 impl Buffer {
-    fn new() -> Self {
-        Self { bytes: vec![0; READ_BYTES], start: 0, looked: 0, end: 0, passing: 0 }
+    fn new(allowance: Allowance) -> Self {
+        let bytes = vec![0; READ_BYTES];
+        Self { bytes, start: 0, looked: 0, end: 0, passing: 0, allowance, has_message_waiting: false }
     }
 
     /// Moves what has been looked at to `out`; the number of bytes moved.
@@ -209,9 +225,14 @@ impl Buffer {
         &mut self.bytes[self.end..]
     }
 
-    /// Looks at what has been read, frame by frame, as far as frames are whole.
     fn filled(&mut self, count: usize) {
         self.end += count;
+        self.look();
+    }
+
+    /// Looks at what has been read, frame by frame, as far as frames are whole and messages may be read.
+    fn look(&mut self) {
+        self.has_message_waiting = false;
         loop {
             let passing = self.passing.min(self.end - self.looked);
             self.looked += passing;
@@ -225,6 +246,13 @@ impl Buffer {
                 return;
             }
             let payload = self.looked + FrameHead::BYTES..self.looked + frame.whole - 1;
+            if frame.kind == FrameHead::CONTENT_HEADER {
+                let message_bytes = ContentHeader(&self.bytes[payload.clone()]).body_bytes();
+                if !self.allowance.take(message_bytes) {
+                    self.has_message_waiting = true;
+                    return;
+                }
+            }
             self.looked += match frame.kind {
                 FrameHead::METHOD => {
                     mend_deliver(&mut self.bytes[payload]);
@@ -321,7 +349,14 @@ enum Kind {
 }
 
 impl ContentHeader<'_> {
+    const BODY_BYTES: Range<usize> = 4..12;
     const FLAGS: Range<usize> = 12..14;
+
+    /// The size of the body that follows; a header too short to tell announces none.
+    fn body_bytes(&self) -> usize {
+        let bytes = self.0.get(Self::BODY_BYTES).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default();
+        usize::try_from(u64::from_be_bytes(bytes)).unwrap_or(usize::MAX)
+    }
 
     /// Whether lapin can read it, and if not, what is wrong.
     fn check(&self) -> Result<(), String> {
@@ -414,7 +449,6 @@ impl<'a> Rest<'a> {
 /// A content header frame for the same body, with nothing but the reason in its headers.
 fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
     const CLASS_AND_WEIGHT: [u8; 4] = [0, 60, 0, 0];
-    const BODY_SIZE: Range<usize> = 4..12;
     const HEADERS_ONLY: [u8; 2] = [0b0010_0000, 0];
     let length = |bytes: usize| u32::try_from(bytes).expect("a reason is short").to_be_bytes();
 
@@ -425,8 +459,7 @@ fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
     headers.extend_from_slice(reason.as_bytes());
 
     let mut content = CLASS_AND_WEIGHT.to_vec();
-    // A header too short to tell the size of the body announces none.
-    content.extend_from_slice(payload.get(BODY_SIZE).unwrap_or(&[0; 8]));
+    content.extend_from_slice(payload.get(ContentHeader::BODY_BYTES).unwrap_or(&[0; 8]));
     content.extend_from_slice(&HEADERS_ONLY);
     content.extend_from_slice(&length(headers.len()));
     content.extend_from_slice(&headers);
@@ -441,7 +474,7 @@ fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
 /// The door of `fuzz/`, a crate of its own: what lapin reads where `stream` is the socket.
 #[cfg(fuzzing)]
 pub fn guarded<S: AsyncRead + Unpin>(stream: S) -> impl AsyncRead + Unpin {
-    Guarded::new(stream, Lifeline::default())
+    Guarded::new(stream, Lifeline::default(), Allowance::unlimited())
 }
 
 #[cfg(test)]

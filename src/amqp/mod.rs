@@ -7,6 +7,7 @@
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
 pub mod acknowledger;
+mod allowance;
 pub mod consumer;
 pub mod delivery;
 pub mod frame_guard;
@@ -31,6 +32,7 @@ use tokio::time::timeout;
 
 use crate::settings::{Amqp as Settings, SecretUrl};
 use acknowledger::Acknowledger;
+use allowance::Allowance;
 use consumer::Consumer;
 use frame_guard::{Guarded, GuardedTokio};
 use lifeline::Owner;
@@ -130,6 +132,7 @@ async fn within<T>(
 pub struct Broker {
     consuming: Link,
     publishing: Link,
+    allowance: Allowance,
     valve: watch::Sender<bool>,
 }
 
@@ -146,14 +149,16 @@ pub struct Endpoints {
 }
 
 impl Broker {
-    /// Connects.
+    /// Connects. Of requests that are not done with, so many bytes are in memory at most, or one request.
     ///
     /// # Errors
     /// The address (without its password) and the cause.
-    pub async fn connect(url: &SecretUrl) -> Result<Self, BrokerError> {
+    pub async fn connect(url: &SecretUrl, request_bytes: usize) -> Result<Self, BrokerError> {
+        let allowance = Allowance::new(request_bytes);
         Ok(Self {
-            consuming: Link::connect(url, "composite-start consume").await?,
-            publishing: Link::connect(url, "composite-start publish").await?,
+            consuming: Link::connect(url, "composite-start consume", &allowance).await?,
+            publishing: Link::connect(url, "composite-start publish", &Allowance::unlimited()).await?,
+            allowance,
             valve: watch::Sender::new(true),
         })
     }
@@ -163,8 +168,9 @@ impl Broker {
     /// # Errors
     /// What the broker objects to, or how the connection ended.
     pub async fn open(&mut self, settings: &Settings) -> Result<Endpoints, TopologyError> {
-        let Self { consuming, publishing, valve } = self;
-        let opened = endpoints(&consuming.connection, &publishing.connection, Valve(valve.subscribe()), settings);
+        let Self { consuming, publishing, allowance, valve } = self;
+        let opened =
+            endpoints(&consuming.connection, allowance, &publishing.connection, Valve(valve.subscribe()), settings);
         tokio::select! {
             opened = opened => opened,
             lost = lost(&mut consuming.events, &mut publishing.events, valve) => Err(lost.into()),
@@ -184,6 +190,7 @@ impl Broker {
 
 async fn endpoints(
     consuming: &Connection,
+    allowance: &Allowance,
     publishing: &Connection,
     mut valve: Valve,
     settings: &Settings,
@@ -192,7 +199,7 @@ async fn endpoints(
     let names = Names::new(&settings.queue);
     let publisher = Publisher::open(publishing, &names).await?;
     publisher.prove(&mut valve).await?;
-    let consumer = Consumer::open(consuming, &names, settings.prefetch).await?;
+    let consumer = Consumer::open(consuming, allowance, &names, settings.prefetch).await?;
     Ok(Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher, valve })
 }
 
@@ -249,7 +256,7 @@ impl Valve {
 /// # Errors
 /// What is wrong with the broker.
 pub async fn try_out(settings: &Settings) -> Result<(), TopologyError> {
-    let link = Link::connect(&settings.url, "composite-start check").await?;
+    let link = Link::connect(&settings.url, "composite-start check", &Allowance::unlimited()).await?;
     let examined = topology::examine(&link.connection, settings).await;
     link.close().await;
     examined
@@ -266,13 +273,13 @@ pub(crate) struct Link {
 
 impl Link {
     /// Connects; `name` is what the broker's own pages call it.
-    pub(crate) async fn connect(url: &SecretUrl, name: &str) -> Result<Self, BrokerError> {
+    async fn connect(url: &SecretUrl, name: &str, allowance: &Allowance) -> Result<Self, BrokerError> {
         let doing = url.to_string();
         let mut uri: AMQPUri = url.expose().parse().map_err(|error: String| BrokerError::other(&doing, error))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let owner = Owner::default();
-        let lifeline = owner.lifeline();
+        let (lifeline, allowance) = (owner.lifeline(), allowance.clone());
         let connected = Connection::connector(
             uri,
             GuardedTokio::current(),
@@ -282,7 +289,7 @@ impl Link {
                 let runtime = async_rs::Runtime::tokio_current();
                 let socket = uri.connect_with_config_async(TLSConfig::default(), &runtime);
                 let socket = timeout(CONNECT_LIMIT, socket).await.map_err(io::Error::from)??;
-                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone())))
+                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone(), allowance.clone())))
             },
             properties,
         );

@@ -5,6 +5,7 @@ use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOpti
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Consumer};
 
+use super::allowance::Allowance;
 use super::delivery::PERSISTENT;
 use super::{ANSWER_LIMIT, BrokerError, Link, within};
 use crate::settings::SecretUrl;
@@ -36,7 +37,7 @@ impl Requester {
     /// # Errors
     /// The address and the cause.
     pub async fn connect(url: &SecretUrl) -> Result<Self, BrokerError> {
-        let link = Link::connect(url, "composite-start send").await?;
+        let link = Link::connect(url, "composite-start send", &Allowance::unlimited()).await?;
         let channel = within(ANSWER_LIMIT, "open a channel", link.connection().create_channel()).await?;
         within(ANSWER_LIMIT, "confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         let consumed = channel.basic_consume(

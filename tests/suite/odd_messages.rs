@@ -1,13 +1,17 @@
 //! Messages that no well-behaved producer sends. Each costs its sender an answer, and the worker and everyone else
 //! nothing: the same session goes on, and the odd message has an ending.
 
+use std::time::Duration;
+
 use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, ExchangeKind};
+use tokio::time::sleep;
 
-use crate::harness::{Client, Outgoing, Space, Worker, body, entry};
+use crate::harness::{Client, Outgoing, Space, Worker, amqp_url, body, entry, eventually, redis_url};
+use crate::proxy::{Direction, Proxy};
 use crate::raw_amqp::{RawProperties, RawPublisher, Taken, field, long, nested, short};
 
 /// How an odd message must end.
@@ -311,4 +315,49 @@ async fn on_a_classic_queue_a_request_whose_reply_queue_is_full_waits_and_stalls
     let properties = RawProperties::new(&[("delivery_mode", vec![77])]);
     bench.assert_ends("delivery mode 77", &properties, "{}", End::DeadLetter("services: required")).await;
     bench.assert_nothing_left().await;
+}
+
+/// Most memory, in bytes, that the worker has had so far.
+fn peak_memory(worker: &Worker) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.id())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// Waits until no more of the broker's bytes come through.
+async fn nothing_more_arrives(broker: &Proxy) {
+    let arrived = || broker.passages().iter().map(|passage| passage.passed(Direction::ToClient)).sum::<u64>();
+    let mut before = 0;
+    eventually("the broker's last byte", async || {
+        sleep(Duration::from_millis(500)).await;
+        (std::mem::replace(&mut before, arrived()) == before).then_some(())
+    })
+    .await;
+}
+
+/// The worker waits for its store meanwhile, and would take everything that the broker has.
+#[tokio::test]
+async fn large_bodies_that_wait_do_not_pile_up_in_memory() {
+    const BODY_BYTES: usize = 8 * 1024 * 1024;
+    const BODIES: usize = 30;
+    let (space, store, broker) = (Space::new(), Proxy::open_to(&redis_url()), Proxy::open_to(&amqp_url()));
+    let limit = ("limits.body_bytes", "65536");
+    let mut worker = space.worker_with(&[("redis.url", &store.url()), ("amqp.url", &broker.url()), limit]).await;
+    let mut client = space.client().await;
+    store.hold_answers();
+    let body = vec![b' '; BODY_BYTES];
+    for n in 0..=BODIES {
+        let outgoing = if n == 0 { client.outgoing(good()) } else { client.outgoing(body.as_slice()) };
+        client.send(&outgoing).await;
+    }
+    nothing_more_arrives(&broker).await;
+    // The allowance is 16 MiB, that is two bodies; lapin has buffers of its own.
+    let peak = peak_memory(&worker);
+    assert!(peak < 12 * BODY_BYTES as u64, "{peak}");
+    store.open();
+    assert_eq!(client.reply().await.status, 200);
+    for _ in 0..BODIES {
+        assert_eq!(client.reply().await.status, 413);
+    }
+    assert!(worker.drain().await.success() && !worker.log().contains("not consuming"), "{}", worker.log());
 }

@@ -82,7 +82,8 @@ impl AsyncRead for Pieces<'_> {
 
 /// What lapin would read, `out_bytes` at a time, of a socket that gives `bytes` in pieces of `sizes`.
 fn read_through(bytes: &[u8], sizes: &[usize], out_bytes: usize) -> Vec<u8> {
-    let mut guarded = Guarded::new(Pieces { bytes, sizes: sizes.iter().cycle() }, Lifeline::default());
+    let mut guarded =
+        Guarded::new(Pieces { bytes, sizes: sizes.iter().cycle() }, Lifeline::default(), Allowance::unlimited());
     let (mut read, mut out) = (Vec::new(), vec![0; out_bytes]);
     loop {
         match Pin::new(&mut guarded).poll_read(&mut Context::from_waker(noop_waker_ref()), &mut out) {
@@ -272,7 +273,7 @@ fn a_delivery_that_is_cut_short_passes_as_it_came() {
 
 #[test]
 fn what_follows_a_replaced_header_is_read_in_large_pieces_again() {
-    let mut buffer = Buffer::new();
+    let mut buffer = Buffer::new(Allowance::unlimited());
     let odd = content_header(flag("headers"), &headers(b"k", &[b"S", &sized(&vec![0; 100_000])[..]].concat()));
     for _ in 0..10 {
         let mut rest = &odd[..];
@@ -384,5 +385,54 @@ proptest! {
         if flags & !ALL_FLAGS == 0 && lapin_reads(&sent).is_ok() {
             prop_assert_eq!(read, sent);
         }
+    }
+}
+
+fn message(body_bytes: usize) -> Vec<u8> {
+    let size = u64::try_from(body_bytes).unwrap().to_be_bytes();
+    let header = frame(FrameHead::CONTENT_HEADER, &[&[0, 60, 0, 0], &size[..], &[0, 0]].concat());
+    [deliver(b"", b"q"), header, frame(BODY, &vec![7; body_bytes])].concat()
+}
+
+/// Reads what there is; whether the reader waits for the allowance then.
+fn read_on<S: AsyncRead + Unpin>(guarded: &mut Guarded<S>, into: &mut Vec<u8>) -> bool {
+    let mut part = [0; 512];
+    loop {
+        match Pin::new(&mut *guarded).poll_read(&mut Context::from_waker(noop_waker_ref()), &mut part) {
+            Poll::Ready(Ok(0)) => return false,
+            Poll::Ready(read) => into.extend_from_slice(&part[..read.unwrap()]),
+            Poll::Pending => return true,
+        }
+    }
+}
+
+#[test]
+fn messages_beyond_the_allowance_are_read_when_those_before_them_are_done_with() {
+    let sizes = [600, 400, 1, 5000, 2000, 10];
+    let bytes: Vec<u8> = sizes.into_iter().flat_map(message).collect();
+    for piece in [1, 7, 100_000] {
+        let allowance = Allowance::new(1000);
+        let pieces = [piece];
+        let stream = Pieces { bytes: &bytes, sizes: pieces.iter().cycle() };
+        let mut guarded = Guarded::new(stream, Lifeline::default(), allowance.clone());
+        let mut read = Vec::new();
+        let behind = |count: usize| -> usize { sizes[..count].iter().map(|size| message(*size).len()).sum() };
+        // What is behind the last message that was let through: the head of the next one's delivery.
+        let deliver_bytes = deliver(b"", b"q").len();
+
+        assert!(read_on(&mut guarded, &mut read));
+        assert_eq!(read.len(), behind(2) + deliver_bytes);
+        drop(allowance.share(600));
+        // 401 in use now, and 5,000 pass only alone.
+        assert!(read_on(&mut guarded, &mut read));
+        assert_eq!(read.len(), behind(3) + deliver_bytes);
+        drop((allowance.share(400), allowance.share(1)));
+        assert!(read_on(&mut guarded, &mut read));
+        assert_eq!(read.len(), behind(4) + deliver_bytes);
+        drop(allowance.share(5000));
+        assert!(read_on(&mut guarded, &mut read));
+        drop(allowance.share(2000));
+        assert!(!read_on(&mut guarded, &mut read));
+        assert_eq!(read, bytes);
     }
 }
