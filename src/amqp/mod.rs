@@ -171,9 +171,11 @@ impl Broker {
         let Self { consuming, publishing, allowance, valve } = self;
         let opened =
             endpoints(&consuming.connection, allowance, &publishing.connection, Valve(valve.subscribe()), settings);
+        // What the broker said before it confirmed something is known before that confirmation is acted on.
         tokio::select! {
-            opened = opened => opened,
+            biased;
             lost = lost(&mut consuming.events, &mut publishing.events, valve) => Err(lost.into()),
+            opened = opened => opened,
         }
     }
 

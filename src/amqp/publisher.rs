@@ -64,24 +64,22 @@ impl Publisher {
         })
     }
 
-    /// Publishes to a queue that does not exist, and waits for the broker to say so. A broker that is short of memory or
-    /// disk blocks a connection only once something is published on it: here, before requests are taken.
+    /// Publishes to a queue that does not exist, waits for the broker to say so, and then until it takes more. A broker
+    /// that is short of memory or disk takes what comes first on a connection, and blocks it then: here, before requests
+    /// are taken.
     pub(super) async fn prove(&self, valve: &mut Valve) -> Result<(), BrokerError> {
-        let nowhere = publish(
-            &self.replies,
-            ShortString::default(),
-            ShortString::default(),
-            Vec::new(),
-            BasicProperties::default(),
-        );
-        tokio::select! {
+        let (exchange, nowhere) = (ShortString::default(), ShortString::default());
+        let published = publish(&self.replies, exchange, nowhere, Vec::new(), BasicProperties::default());
+        let fate = tokio::select! {
             biased;
-            fate = nowhere.fate() => match fate? {
-                Fate::Returned => Ok(()),
-                fate => Err(BrokerError::other("publish", format!("{fate:?}, although there is no such queue"))),
-            },
-            () = valve.overdue(ANSWER_LIMIT) => Err(BrokerError::silent("publish", ANSWER_LIMIT)),
+            fate = published.fate() => fate?,
+            () = valve.overdue(ANSWER_LIMIT) => return Err(BrokerError::silent("publish", ANSWER_LIMIT)),
+        };
+        if fate != Fate::Returned {
+            return Err(BrokerError::other("publish", format!("{fate:?}, although there is no such queue")));
         }
+        valve.opens().await;
+        Ok(())
     }
 
     /// Sends `reply` to the reply address of `request`; `None` if it has none.

@@ -257,11 +257,6 @@ impl Worker {
         self.child.id()
     }
 
-    /// Whether it is over by now.
-    pub fn has_ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
-    }
-
     /// Waits for its end.
     pub async fn ended(&mut self) -> ExitStatus {
         eventually("the worker's end", async || self.child.try_wait().unwrap()).await
