@@ -19,6 +19,14 @@ pub struct Delivery {
 /// The `delivery_mode` of a message that outlives a restart of the broker.
 pub(super) const PERSISTENT: u8 = 2;
 
+/// The door of `fuzz/`.
+#[cfg(fuzzing)]
+impl From<lapin::message::Delivery> for Delivery {
+    fn from(delivery: lapin::message::Delivery) -> Self {
+        Self::new(delivery, &Allowance::unlimited())
+    }
+}
+
 impl Delivery {
     pub(super) fn new(delivery: lapin::message::Delivery, allowance: &Allowance) -> Self {
         Self { _share: allowance.share(delivery.data.len()), delivery }
