@@ -16,7 +16,12 @@ pub fn init(settings: &Log) {
         LogFormat::Json => false,
         LogFormat::Auto => is_terminal,
     };
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(is_terminal);
+    // Whoever read the log may be gone: that is no reason to panic over the next line.
+    let logs = tracing_subscriber::fmt()
+        .log_internal_errors(false)
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(is_terminal);
     let _ = if is_text { logs.try_init() } else { logs.json().flatten_event(true).try_init() };
     std::panic::set_hook(Box::new(log_panic));
 }

@@ -65,11 +65,11 @@ impl Publisher {
     }
 
     /// Publishes to a queue that does not exist, waits for the broker to say so, and then until it takes more. A broker
-    /// that is short of memory or disk takes what comes first on a connection, and blocks it then: here, before requests
-    /// are taken.
+    /// that is short of memory or disk blocks a connection at the first content header that comes on it, and still deals
+    /// with a message that is whole then: so this one has a body, and comes before requests are taken.
     pub(super) async fn prove(&self, valve: &mut Valve) -> Result<(), BrokerError> {
         let (exchange, nowhere) = (ShortString::default(), ShortString::default());
-        let published = publish(&self.replies, exchange, nowhere, Vec::new(), BasicProperties::default());
+        let published = publish(&self.replies, exchange, nowhere, vec![0], BasicProperties::default());
         let fate = tokio::select! {
             biased;
             fate = published.fate() => fate?,

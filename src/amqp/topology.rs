@@ -111,9 +111,11 @@ async fn check_dead_letter_target(connection: &Connection, settings: &Settings) 
             names.queue
         )));
     }
-    // The broker compares in a fixed order, and says no more after the first difference.
-    let compares_first = ["x-queue-type", "x-expires", "x-message-ttl"];
-    if *kind != AMQPSoftError::PRECONDITIONFAILED || compares_first.into_iter().any(objects_to) {
+    // The broker compares in a fixed order, says no more after the first difference, and cuts long texts short.
+    let compares_first = ["durable", "auto_delete", "exclusive", "x-queue-type", "x-expires", "x-message-ttl"];
+    let tells_the_target = objects_to(DEAD_LETTER_EXCHANGE) && text.contains("but current is");
+    let compared_it = !objects_to(DEAD_LETTER_EXCHANGE) && !compares_first.into_iter().any(objects_to);
+    if *kind != AMQPSoftError::PRECONDITIONFAILED || !(tells_the_target || compared_it) {
         tracing::warn!(
             queue = names.queue.as_str(),
             answer = text,

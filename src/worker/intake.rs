@@ -73,9 +73,7 @@ impl<'a> Intake<'a> {
         }
         let mut taken = Taken::default();
         while taken.requests.is_empty() {
-            if !self.is_cancelled && *self.stop.borrow() {
-                self.cancel().await?;
-            }
+            self.wait_for_the_broker().await?;
             if std::mem::take(&mut self.suspects_turn)
                 && let Some(suspect) = self.least_suspect()
             {
@@ -99,20 +97,27 @@ impl<'a> Intake<'a> {
     /// What has arrived; waits for it only while there is nothing else to do. `None` at the consumer's end.
     async fn arrived(&mut self) -> Result<Option<Vec<Delivery>>, Stopped> {
         if !self.suspects.is_empty() {
-            self.valve.opens().await;
             let mut arrived = Vec::new();
             self.consumer.arrived(self.prefetch, &mut arrived)?;
             return Ok(Some(arrived));
         }
-        loop {
-            tokio::select! {
-                biased;
-                () = stopped(self.stop.clone()), if !self.is_cancelled => self.cancel().await?,
-                // While the broker takes no replies, no more requests are answered.
-                arrived = async { self.valve.opens().await; self.consumer.next_batch(self.prefetch).await } => {
-                    return Ok(arrived?);
-                }
-            }
+        tokio::select! {
+            biased;
+            () = stopped(self.stop.clone()), if !self.is_cancelled => self.cancel().await?,
+            arrived = self.consumer.next_batch(self.prefetch) => return Ok(arrived?),
+        }
+        Ok(Some(Vec::new()))
+    }
+
+    /// While the broker takes no replies, no more requests are answered. One that is told to stop finishes what it has.
+    async fn wait_for_the_broker(&mut self) -> Result<(), Stopped> {
+        if self.is_cancelled {
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            () = stopped(self.stop.clone()) => self.cancel().await,
+            () = self.valve.opens() => Ok(()),
         }
     }
 

@@ -168,8 +168,8 @@ enum Settlement {
 /// What the broker said of a request's reply and dead letter decides whether the request may leave the queue.
 fn settlement(reply: Option<Fate>, dead_letter: Option<Fate>) -> Settlement {
     match (reply, dead_letter) {
-        (_, Some(Fate::Returned | Fate::Nacked)) => Settlement::StartOver,
-        (Some(Fate::Nacked), _) => Settlement::GiveBack,
+        (_, Some(Fate::Returned)) => Settlement::StartOver,
+        (Some(Fate::Nacked), _) | (_, Some(Fate::Nacked)) => Settlement::GiveBack,
         // Nobody waits for a reply that was returned.
         (None | Some(Fate::Confirmed | Fate::Returned), None | Some(Fate::Confirmed)) => Settlement::Acknowledge,
     }
@@ -192,7 +192,7 @@ mod tests {
         }
         assert_eq!([word(Some(Nacked), None), word(Some(Nacked), Some(Confirmed))], ["give back"; 2]);
         for reply in [None, Some(Confirmed), Some(Returned), Some(Nacked)] {
-            assert_eq!([word(reply, Some(Returned)), word(reply, Some(Nacked))], ["start over"; 2]);
+            assert_eq!([word(reply, Some(Returned)), word(reply, Some(Nacked))], ["start over", "give back"]);
         }
     }
 
