@@ -66,7 +66,7 @@ pub enum Stopped {
     },
 }
 
-/// How many requests a worker has taken and not settled.
+/// How many requests a worker has taken and not settled. One that pauses before it goes back counts as settled.
 #[derive(Debug, Default)]
 pub struct InHand(watch::Sender<usize>);
 

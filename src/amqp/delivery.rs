@@ -56,21 +56,16 @@ impl Delivery {
         self.delivery.delivery_tag
     }
 
-    /// How often it has come back to its queue, as a quorum queue counts it; 0 where nothing counts.
+    /// How often it has come back to its queue, as a quorum queue counts it; 0 on other queues, unless its producer says
+    /// otherwise.
     pub fn returns(&self) -> u64 {
         // On a first delivery the header is whatever a producer put there.
         if !self.delivery.redelivered {
             return 0;
         }
-        match self.headers().and_then(|headers| headers.inner().get("x-delivery-count")) {
-            Some(AMQPValue::ShortShortUInt(count)) => (*count).into(),
-            Some(AMQPValue::ShortUInt(count)) => (*count).into(),
-            Some(AMQPValue::LongUInt(count)) => (*count).into(),
-            Some(AMQPValue::ShortShortInt(count)) => u64::try_from(*count).unwrap_or(0),
-            Some(AMQPValue::ShortInt(count)) => u64::try_from(*count).unwrap_or(0),
-            Some(AMQPValue::LongInt(count)) => u64::try_from(*count).unwrap_or(0),
-            Some(AMQPValue::LongLongInt(count)) => u64::try_from(*count).unwrap_or(0),
-            _ => 0,
+        match self.header("x-delivery-count") {
+            Header::Text(count) => count.parse().unwrap_or(0),
+            Header::Absent | Header::NotText => 0,
         }
     }
 

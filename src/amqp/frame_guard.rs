@@ -121,9 +121,7 @@ impl<S> Guarded<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
         let Self { stream, lifeline, buffer } = &mut *self;
-        if let Poll::Ready(error) = lifeline.poll_reader(cx) {
-            return Poll::Ready(Err(error));
-        }
+        lifeline.check_reader(cx)?;
         loop {
             let handed_out = buffer.hand_out(out);
             if handed_out > 0 {
@@ -147,12 +145,16 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     }
 }
 
+impl<S: AsyncWrite + Unpin> Guarded<S> {
+    fn writable(&mut self, cx: &Context<'_>) -> io::Result<Pin<&mut S>> {
+        self.lifeline.check_writer(cx)?;
+        Ok(Pin::new(&mut self.stream))
+    }
+}
+
 impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.lifeline.poll_writer(cx) {
-            Poll::Ready(error) => Poll::Ready(Err(error)),
-            Poll::Pending => Pin::new(&mut self.stream).poll_write(cx, bytes),
-        }
+        self.writable(cx)?.poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -160,24 +162,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.lifeline.poll_writer(cx) {
-            Poll::Ready(error) => Poll::Ready(Err(error)),
-            Poll::Pending => Pin::new(&mut self.stream).poll_write_vectored(cx, parts),
-        }
+        self.writable(cx)?.poll_write_vectored(cx, parts)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.lifeline.poll_writer(cx) {
-            Poll::Ready(error) => Poll::Ready(Err(error)),
-            Poll::Pending => Pin::new(&mut self.stream).poll_flush(cx),
-        }
+        self.writable(cx)?.poll_flush(cx)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.lifeline.poll_writer(cx) {
-            Poll::Ready(error) => Poll::Ready(Err(error)),
-            Poll::Pending => Pin::new(&mut self.stream).poll_close(cx),
-        }
+        self.writable(cx)?.poll_close(cx)
     }
 }
 

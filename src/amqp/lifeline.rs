@@ -7,7 +7,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::Context;
 
 use futures_util::task::AtomicWaker;
 
@@ -47,23 +47,22 @@ impl Lifeline {
         self.0.writer.wake();
     }
 
-    /// For the socket: `Pending` while it may go on reading; `cx` is woken when it may not.
-    pub(super) fn poll_reader(&self, cx: &Context<'_>) -> Poll<io::Error> {
-        self.poll(&self.0.reader, cx)
+    /// For the socket: whether it may go on reading; `cx` is woken when it may not.
+    pub(super) fn check_reader(&self, cx: &Context<'_>) -> io::Result<()> {
+        self.check(&self.0.reader, cx)
     }
 
     /// The same for writing.
-    pub(super) fn poll_writer(&self, cx: &Context<'_>) -> Poll<io::Error> {
-        self.poll(&self.0.writer, cx)
+    pub(super) fn check_writer(&self, cx: &Context<'_>) -> io::Result<()> {
+        self.check(&self.0.writer, cx)
     }
 
-    fn poll(&self, waker: &AtomicWaker, cx: &Context<'_>) -> Poll<io::Error> {
+    fn check(&self, waker: &AtomicWaker, cx: &Context<'_>) -> io::Result<()> {
         // Registered before the look: who severs in between wakes.
         waker.register(cx.waker());
         if self.0.is_severed.load(Ordering::Acquire) {
-            Poll::Ready(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was given up"))
-        } else {
-            Poll::Pending
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was given up"));
         }
+        Ok(())
     }
 }

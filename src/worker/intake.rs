@@ -2,9 +2,10 @@
 //!
 //! A request that came back more than once may be what ended the workers that had it: whatever is in hand at the time
 //! comes back with it, and the broker counts a return for each. So a suspect is set aside, and handled when everything
-//! else that was taken is settled, the least suspect first. The innocent leave the queue that way before the guilty
-//! one is tried again; it alone reaches the delivery limit. Among those that came back equally often chance decides: in
-//! the queue's order the guilty one would be the next again each time, and take all behind it along.
+//! else that was taken is settled (or pauses before it goes back), the least suspect first. The innocent leave the
+//! queue that way before the guilty one is tried again; it alone reaches the delivery limit. Among those that came back
+//! equally often chance decides: in the queue's order the guilty one would be the next again each time, and take all
+//! behind it along.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;

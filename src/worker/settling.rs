@@ -100,9 +100,9 @@ impl<'a> Settling<'a> {
         fault::reached(Point::Confirmed).await;
         let acknowledged = self.acknowledge(&settled).await;
         fault::reached(Point::Acknowledged).await;
-        rest.and(acknowledged)?;
-        self.in_hand.remove(count);
-        Ok(())
+        acknowledged?;
+        self.in_hand.remove(if rest.is_ok() { count } else { settled.len() });
+        rest
     }
 
     /// Collects in `settled`, in their order, the numbers of those that may be acknowledged.

@@ -86,6 +86,11 @@ async fn while_the_broker_takes_nothing_requests_are_held_or_given_back_once_and
     worker.says("requests in hand go back to the queue").await;
     // The new session proves that it can publish, before it consumes.
     worker.says_times(BLOCKED, 2).await;
+    // However long the alarm goes on: the broker is asked twice for what changes nothing, which takes a while.
+    for _ in 0..2 {
+        broker.may_take("0.0000001").await;
+    }
+    assert_eq!(worker.log().matches("consuming queue=").count(), 1, "{}", worker.log());
     broker.may_take("0.4").await;
     load.answered(200).await;
     assert!(worker.drain().await.success());

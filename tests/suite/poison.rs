@@ -22,13 +22,12 @@ fn named(client: &mut Client, customer: &str) -> Outgoing {
     outgoing
 }
 
-/// Sends requests, the poisonous one in their midst; they wait for a worker, and are one batch to it.
+/// Sends requests, the poisonous one first: whoever follows the queue's order meets it before all others. They wait for
+/// a worker, and are one batch to it.
 async fn send_with_neighbours(client: &mut Client) {
+    let poison = named(client, "POISON");
+    client.send(&poison).await;
     for n in 0..NEIGHBOURS {
-        if n == NEIGHBOURS / 2 {
-            let poison = named(client, "POISON");
-            client.send(&poison).await;
-        }
         let neighbour = named(client, &format!("N{n}"));
         client.send(&neighbour).await;
     }
