@@ -84,6 +84,8 @@ async fn lives_through(trouble: &Trouble) -> String {
 async fn ask_in_vain(load: &mut Load, worker: &Worker) {
     load.send((0..20).map(|n| Asked::new(&format!("D{n}"), "new", "call")).collect()).await;
     worker.says("requests in hand go back to the queue").await;
+    // The first line tells that it gave the requests back, the second that it tried to begin anew.
+    worker.says_times("not consuming", 2).await;
 }
 
 #[tokio::test]
