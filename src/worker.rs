@@ -252,7 +252,7 @@ impl Answering<'_> {
         if calls.is_empty() {
             return Ok(Vec::new());
         }
-        let now = clock::now_json();
+        let now = clock::now();
         let mut delays = Delays::new();
         let mut held_since: Option<Instant> = None;
         loop {

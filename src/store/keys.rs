@@ -16,20 +16,22 @@ pub struct Keys {
 impl Keys {
     /// The keys of the service with this identity, under `prefix` (setting `redis.key_prefix`).
     pub fn new(prefix: &str, identity: &Identity) -> Self {
-        let bucket = identity.bucket();
-        Self { sequence: sequence(prefix, bucket), ids: ids(prefix, bucket), tree: tree(prefix, bucket, identity) }
+        let tag = tag(prefix, identity.bucket());
+        Self {
+            sequence: [&*tag, SEQUENCE].concat(),
+            ids: [&*tag, "ids"].concat(),
+            tree: [&*tag, "tree:", identity.as_str()].concat(),
+        }
     }
 }
 
+const SEQUENCE: &str = "seq";
+
 /// `cs:{b}:seq`
 pub(super) fn sequence(prefix: &str, bucket: u16) -> String {
-    format!("{prefix}:{{{bucket}}}:seq")
+    tag(prefix, bucket) + SEQUENCE
 }
 
-fn ids(prefix: &str, bucket: u16) -> String {
-    format!("{prefix}:{{{bucket}}}:ids")
-}
-
-fn tree(prefix: &str, bucket: u16, identity: &Identity) -> String {
-    format!("{prefix}:{{{bucket}}}:tree:{}", identity.as_str())
+fn tag(prefix: &str, bucket: u16) -> String {
+    format!("{prefix}:{{{bucket}}}:")
 }

@@ -1,12 +1,14 @@
 //! The script: its text, its arguments, and what it answers.
 
-use redis::{Cmd, Value};
+use std::io::{self, Write};
+
+use redis::{Cmd, RedisWrite, Value};
 
 use crate::identity::{Identity, Token};
 use crate::request::{Entry, Event, Tenant};
 use crate::settings::OnFound;
 use crate::store::keys::Keys;
-use crate::store::{Found, Object};
+use crate::store::{self, Found};
 
 /// `find_or_create`, as it is sent to the server.
 pub const FIND_OR_CREATE: &str = include_str!("lua/find_or_create.lua");
@@ -15,7 +17,6 @@ pub const FIND_OR_CREATE: &str = include_str!("lua/find_or_create.lua");
 #[derive(Debug)]
 pub struct Call<'a> {
     keys: Keys,
-    identity: Identity,
     bucket: u16,
     token: Token,
     entry: &'a Entry<'a>,
@@ -25,7 +26,8 @@ impl<'a> Call<'a> {
     /// The call for `entry` of a request of `tenant`, whose keys begin with `prefix`.
     pub fn new(prefix: &str, tenant: &Tenant<'_>, entry: &'a Entry<'a>, token: Token) -> Self {
         let identity = Identity::new(tenant, &entry.service);
-        Self { keys: Keys::new(prefix, &identity), bucket: identity.bucket(), identity, token, entry }
+        let bucket = identity.bucket();
+        Self { keys: Keys::new(prefix, &identity), bucket, token, entry }
     }
 
     /// The key of the tree the entry works on.
@@ -33,91 +35,107 @@ impl<'a> Call<'a> {
         &self.keys.tree
     }
 
-    /// `EVALSHA` or `EVAL`, as `how` says, of the script whose hash or text is `script`. `now` is a JSON string.
+    /// `EVALSHA` or `EVAL`, as `how` says, of the script whose hash or text is `script`. `now` is the worker's clock.
     pub fn command(&self, how: &str, script: &str, on_found: OnFound, now: &str) -> Cmd {
         let Entry { service, state, task, associate_state_task } = self.entry;
-        let mut command = redis::cmd(how);
-        command.arg(script).arg(3).arg(&self.keys.sequence).arg(&self.keys.ids).arg(&self.keys.tree);
-        command.arg(self.bucket).arg(self.identity.as_str()).arg(self.token.to_string()).arg(now);
-        command.arg(match on_found {
+        let associates = *associate_state_task && task.is_some();
+        let objects = [
+            Some(Object { at: ["service", ""], event: &service.event, without_state_id: false, now }),
+            Some(Object { at: ["state:", &state.type_name], event: state, without_state_id: false, now }),
+            task.as_ref().map(|event| Object {
+                at: ["task:", &event.type_name],
+                event,
+                without_state_id: associates,
+                now,
+            }),
+        ];
+        let (arguments, bytes) = self.size(script, objects.iter().flatten());
+        let mut command = Cmd::with_capacity(arguments, bytes);
+        command.arg(how).arg(script).arg(3).arg(&self.keys.sequence).arg(&self.keys.ids).arg(&self.keys.tree);
+        command.arg(self.bucket);
+        write(&mut command, |argument| write!(argument, "{}", self.token));
+        command.arg(now).arg(match on_found {
             OnFound::Merge => "merge",
             OnFound::Keep => "keep",
         });
-        let associates = *associate_state_task && task.is_some();
-        command.arg(u8::from(associates)).arg(&*state.type_name).arg(task.as_ref().map_or("", |task| &task.type_name));
-
-        let events = [
-            Some(Fields { event: &service.event, without_state_id: false }),
-            Some(Fields { event: state, without_state_id: false }),
-            task.as_ref().map(|event| Fields { event, without_state_id: associates }),
-        ];
-        for event in &events {
-            let (start, data) =
-                event.as_ref().map_or((0, 0), |fields| (fields.own().count() + 2, fields.event.data.len()));
-            command.arg(start).arg(data);
-        }
-        for fields in events.iter().flatten() {
-            command.arg("type").arg(fields.event.type_json).arg("started").arg(started(fields.event, now));
-            for (name, json) in fields.own() {
-                command.arg(*name).arg(*json);
-            }
-            for (key, json) in &fields.event.data {
-                command.arg(DataField(key)).arg(*json);
-            }
+        command.arg(u8::from(associates));
+        for object in objects.iter().flatten() {
+            object.push_onto(&mut command);
         }
         command
     }
+
+    /// How many arguments the command has, and about how many bytes, so that it is written without being moved.
+    fn size<'o>(&self, script: &str, objects: impl Iterator<Item = &'o Object<'o>>) -> (usize, usize) {
+        const FIXED_ARGUMENTS: usize = 11;
+        const FIXED_BYTES: usize = 128;
+        let Keys { sequence, ids, tree } = &self.keys;
+        let fixed_bytes = FIXED_BYTES + script.len() + sequence.len() + ids.len() + tree.len();
+        objects.fold((FIXED_ARGUMENTS, fixed_bytes), |(arguments, bytes), object| {
+            (arguments + 3 + 2 * object.event.data.len(), bytes + object.bytes())
+        })
+    }
 }
 
-/// The fields of one object of the entry. An association decides a task's state, whatever the task itself names.
-struct Fields<'a> {
+/// One object of the entry, as the script takes it.
+struct Object<'a> {
+    /// Where it is pointed at, in two parts.
+    at: [&'a str; 2],
     event: &'a Event<'a>,
+    /// An association decides a task's state, whatever the task itself names.
     without_state_id: bool,
+    now: &'a str,
 }
 
-impl<'a> Fields<'a> {
-    fn own(&self) -> impl Iterator<Item = &'a (&'static str, &'a str)> {
-        let without_state_id = self.without_state_id;
-        self.event.fields.iter().filter(move |(name, _)| !(without_state_id && *name == "state_id"))
+impl Object<'_> {
+    fn push_onto(&self, command: &mut Cmd) {
+        write(command, |argument| self.at.iter().try_for_each(|part| argument.write_all(part.as_bytes())));
+        write(command, |argument| self.write_record(argument));
+        command.arg(self.event.data.len());
+        for (key, json) in &self.event.data {
+            command.arg(&**key).arg(*json);
+        }
+    }
+
+    /// What never changes, as JSON: `{"type":…,"customer_id":…,"started":{"timestamp":"…","interaction_id":…}}`, the
+    /// values as they were sent.
+    fn write_record(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Event { type_json, timestamp, start, fields, .. } = self.event;
+        write!(out, r#"{{"type":{type_json}"#)?;
+        for (name, json) in fields.iter().filter(|(name, _)| !(self.without_state_id && *name == "state_id")) {
+            write!(out, r#","{name}":{json}"#)?;
+        }
+        match timestamp {
+            Some(timestamp) => write!(out, r#","started":{{"timestamp":{timestamp}"#)?,
+            None => write!(out, r#","started":{{"timestamp":"{}""#, self.now)?,
+        }
+        for (name, json) in start {
+            write!(out, r#","{name}":{json}"#)?;
+        }
+        out.write_all(b"}}")
+    }
+
+    /// About how many bytes it adds.
+    fn bytes(&self) -> usize {
+        const FIXED_BYTES: usize = 96;
+        let Event { type_name, type_json, start, fields, data, .. } = self.event;
+        let fields = fields.iter().chain(start).map(|(name, json)| name.len() + json.len() + 4);
+        let data = data.iter().map(|(key, json)| key.len() + json.len());
+        FIXED_BYTES + type_name.len() + type_json.len() + fields.chain(data).sum::<usize>()
     }
 }
 
-/// How an object started, as JSON: `{"timestamp":"…","interaction_id":"…", …}`, the values as they were sent.
-fn started(event: &Event<'_>, now: &str) -> String {
-    let mut json =
-        String::with_capacity(64 + event.start.iter().map(|(name, json)| name.len() + json.len() + 4).sum::<usize>());
-    json.push_str("{\"timestamp\":");
-    json.push_str(event.timestamp.unwrap_or(now));
-    for (name, value) in &event.start {
-        json.push_str(",\"");
-        json.push_str(name);
-        json.push_str("\":");
-        json.push_str(value);
-    }
-    json.push('}');
-    json
+/// Writes an argument where it will be sent from.
+fn write(command: &mut Cmd, argument: impl FnOnce(&mut dyn Write) -> io::Result<()>) {
+    argument(&mut command.writer_for_next_arg()).expect("writing to memory does not fail");
 }
-
-/// `data.<key>`, written without a text of its own.
-struct DataField<'a>(&'a str);
-
-impl redis::ToRedisArgs for DataField<'_> {
-    fn write_redis_args<W: ?Sized + redis::RedisWrite>(&self, out: &mut W) {
-        let mut field = Vec::with_capacity("data.".len() + self.0.len());
-        field.extend_from_slice(b"data.");
-        field.extend_from_slice(self.0.as_bytes());
-        out.write_arg(&field);
-    }
-}
-
-impl redis::ToSingleRedisArg for DataField<'_> {}
 
 /// Reads the script's answer; `None` is an answer it never gives.
 pub fn read_answer(answer: &Value) -> Option<Found> {
     let Value::Array(values) = answer else { return None };
     let mut objects = values.chunks(2).map(|pair| match pair {
         [Value::Int(id), Value::Int(created @ (0 | 1))] => {
-            Some(Object { id: u64::try_from(*id).ok().filter(|id| *id > 0)?, created: *created == 1 })
+            Some(store::Object { id: u64::try_from(*id).ok().filter(|id| *id > 0)?, created: *created == 1 })
         }
         _ => None,
     });
@@ -145,20 +163,20 @@ mod tests {
         let body: String = FIND_OR_CREATE.lines().skip_while(is_header).flat_map(|line| [line, "\n"]).collect();
         assert_eq!(slots(&header, "KEYS"), slots(&body, "KEYS"));
 
-        // 9 to 14 are read in pairs, `ARGV[7 + 2 * kind]` and `ARGV[8 + 2 * kind]` for kind 1 to 3; the rest from 15 on.
-        assert!(body.contains("ARGV[7 + 2 * kind]") && body.contains("ARGV[8 + 2 * kind]"));
-        assert!(body.contains("local position = 15 + 2 * first") && header.contains("ARGV[15..]"));
-        let read: BTreeSet<u32> = slots(&body, "ARGV").into_iter().chain(9..=14).collect();
-        assert_eq!(slots(&header, "ARGV"), read);
+        assert_eq!(slots(&header, "ARGV"), slots(&body, "ARGV"));
+
+        // The objects follow: the header tells where the first begins, and in what order each has its arguments.
+        assert!(header.contains("ARGV[6..]") && body.contains("local service = 6\n"));
+        assert!(header.contains("at, record, number of data, key, JSON, key, JSON, ..."));
     }
 
     #[test]
     fn only_answers_of_the_script_are_taken() {
         let ints = |values: &[i64]| Value::Array(values.iter().copied().map(Value::Int).collect());
         let found = read_answer(&ints(&[5, 1, 6, 0, 7, 1])).unwrap();
-        assert_eq!(found.service, Object { id: 5, created: true });
-        assert_eq!(found.state, Object { id: 6, created: false });
-        assert_eq!(found.task, Some(Object { id: 7, created: true }));
+        assert_eq!(found.service, store::Object { id: 5, created: true });
+        assert_eq!(found.state, store::Object { id: 6, created: false });
+        assert_eq!(found.task, Some(store::Object { id: 7, created: true }));
         assert_eq!(read_answer(&ints(&[5, 1, 6, 0])).unwrap().task, None);
         let odd: &[&[i64]] = &[
             &[],

@@ -199,11 +199,11 @@ fn read_ids(hash: &BTreeMap<String, String>, history: &mut History) -> Option<()
 fn read_tree(customer: u32, hash: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
     let mut marks: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
     for name in hash.keys() {
-        if let Some((id, request)) = name.split_once(".data.r") {
+        if let Some((id, request)) = name.split_once(".r") {
             marks.entry(id.parse().ok()?).or_default().insert(request.parse().ok()?);
         }
     }
-    for (name, value) in hash.iter().filter(|(name, _)| !name.contains('.')) {
+    for (name, value) in hash.iter().filter(|(name, _)| !name.starts_with(|first: char| first.is_ascii_digit())) {
         let part = match name.split_once(':') {
             None if name == "service" => Part::Service,
             Some(("state", state)) => Part::State(state.strip_prefix('s')?.parse().ok()?),

@@ -10,6 +10,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 
 use crate::harness::{Client, Incoming, Outgoing, Space, body, entry, headers, incoming, soon};
+use crate::store::unfolded;
 
 /// A request of one entry; each argument is what stands between the braces of its object, an empty task is none.
 fn request(service: &str, state: &str, task: &str) -> String {
@@ -30,11 +31,11 @@ async fn tree_keys(space: &Space) -> Vec<String> {
     soon("KEYS", redis::cmd("KEYS").arg(pattern).query_async(&mut redis)).await.unwrap()
 }
 
-/// The fields of the only tree of `space`.
+/// The only tree of `space`, [`unfolded`].
 async fn only_tree(space: &Space) -> BTreeMap<String, String> {
     let keys = tree_keys(space).await;
     let [key] = &keys[..] else { panic!("{keys:?}") };
-    soon("HGETALL", redis::cmd("HGETALL").arg(key).query_async(&mut space.redis().await)).await.unwrap()
+    unfolded(soon("HGETALL", redis::cmd("HGETALL").arg(key).query_async(&mut space.redis().await)).await.unwrap())
 }
 
 fn named(client: &mut Client, message_id: &str, body: &str) -> Outgoing {

@@ -110,6 +110,7 @@ impl Creator {
 struct Scene<'a> {
     tenant: &'a str,
     keep: bool,
+    /// JSON.
     now: String,
 }
 
@@ -329,7 +330,7 @@ async fn compare(
         let store = if batch.keep { &mut *keeping } else { &mut *merging };
         let mut first = None;
         for _ in 0..=u8::from(batch.sent_again) {
-            let now = format!("\"2026-01-31T08:30:00.{number:03}Z\"");
+            let now = format!("2026-01-31T08:30:00.{number:03}Z");
             let answers = ask(store, prefix, &asked, &now).await.map_err(|error| error.to_string())?;
             let answers: Vec<Found> =
                 answers.into_iter().collect::<Result<_, _>>().map_err(|error| error.to_string())?;
@@ -373,7 +374,7 @@ fn compare_answers(
     for ((request, entry), answer) in answered {
         let Asked { name, body, .. } = &asked[request];
         let creator = Creator { name: name.clone(), body: body.clone(), entry };
-        let scene = Scene { tenant: requests[request].tenant, keep, now: now.to_owned() };
+        let scene = Scene { tenant: requests[request].tenant, keep, now: format!("\"{now}\"") };
         let objects = [Some(answer.service), Some(answer.state), answer.task].into_iter().flatten();
         let (ids, actual): (Vec<_>, Vec<_>) = objects.map(|object| (object.id, (object.id, object.created))).unzip();
         let expected = model.apply(&requests[request].entries[entry], &creator, &scene, &ids);

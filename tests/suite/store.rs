@@ -11,12 +11,13 @@ use composite_start::store::keys::Keys;
 use composite_start::store::script::{Call, FIND_OR_CREATE};
 use composite_start::store::{EntryFailure, Found, Object, Store, Unavailable};
 use redis::aio::MultiplexedConnection;
+use serde_json::value::RawValue;
 
 use crate::harness::{Space, body, entry, redis_url, soon};
 use crate::private_redis::PrivateRedis;
 
 pub(crate) const BUCKETS: u64 = 16384;
-const NOW: &str = r#""2026-01-31T08:30:00.000Z""#;
+const NOW: &str = "2026-01-31T08:30:00.000Z";
 const MEBIBYTE: usize = 1024 * 1024;
 
 /// A message, as far as the store is concerned.
@@ -114,7 +115,7 @@ pub(crate) struct Contents {
     pub(crate) sequences: BTreeMap<u64, u64>,
     /// The fields of `{b}:ids` by b.
     pub(crate) ids: BTreeMap<u64, BTreeMap<String, String>>,
-    /// The fields of `{b}:tree:<identity>` by b and identity.
+    /// The trees `{b}:tree:<identity>` by b and identity, [`unfolded`].
     pub(crate) trees: BTreeMap<(u64, String), BTreeMap<String, String>>,
 }
 
@@ -132,7 +133,7 @@ impl Contents {
                 }
                 ("ids", "") => drop(contents.ids.insert(bucket, fields(redis, &key).await)),
                 ("tree", identity) => {
-                    contents.trees.insert((bucket, identity.to_owned()), fields(redis, &key).await);
+                    contents.trees.insert((bucket, identity.to_owned()), unfolded(fields(redis, &key).await));
                 }
                 other => panic!("a key of no known kind: {other:?}"),
             }
@@ -143,6 +144,25 @@ impl Contents {
 
 async fn fields(redis: &mut MultiplexedConnection, key: &str) -> BTreeMap<String, String> {
     redis::cmd("HGETALL").arg(key).query_async(redis).await.unwrap()
+}
+
+/// A tree with an entry for each field of its objects: `<id>.type`, `<id>.started` and the like of its record,
+/// `<id>.updated` and `<id>.data.<key>`; a pointer is `<id>:<token>`.
+pub(crate) fn unfolded(tree: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut unfolded = BTreeMap::new();
+    for (field, value) in tree {
+        if let Some((id, key)) = field.split_once('.').filter(|(id, _)| id.parse::<u64>().is_ok()) {
+            unfolded.insert(format!("{id}.data.{key}"), value);
+        } else if field.parse::<u64>().is_ok() {
+            let record: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&value).unwrap();
+            unfolded.extend(record.into_iter().map(|(name, json)| (format!("{field}.{name}"), json.get().to_owned())));
+        } else {
+            let [id, token, updated] = *value.splitn(3, ':').collect::<Vec<_>>() else { panic!("{field}: {value}") };
+            unfolded.insert(format!("{id}.updated"), format!("\"{updated}\""));
+            unfolded.insert(field, format!("{id}:{token}"));
+        }
+    }
+    unfolded
 }
 
 /// The contents of a space in which there is one service, as its one tree.
@@ -274,7 +294,10 @@ async fn keys_and_values_of_attached_data_are_kept_byte_for_byte() {
     for (key, value) in data {
         assert_eq!(tree[&format!("{service}.data.{key}")], value);
     }
-    assert_eq!((&*tree[&format!("{service}.type")], &*tree[&format!("{service}.updated")]), (r#""booking""#, NOW));
+    assert_eq!(
+        (&*tree[&format!("{service}.type")], &*tree[&format!("{service}.updated")]),
+        (r#""booking""#, &*format!("\"{NOW}\""))
+    );
 }
 
 #[tokio::test]
@@ -397,7 +420,18 @@ async fn a_key_of_another_type_fails_its_own_call_and_leaves_nothing_half_writte
 async fn a_pointer_that_cannot_be_read_fails_its_own_call_and_changes_nothing() {
     let space = Space::new();
     let (mut store, mut redis) = (store_of(&space), space.redis().await);
-    for pointer in ["", "16389", "16389:", ":aa", "-16389:aa", "0:aa", "1e3:aa", "16389:zz", "99999999999999999:aa"] {
+    for pointer in [
+        "",
+        "16389",
+        "16389:aa",
+        "16389::2026",
+        ":aa:2026",
+        "-16389:aa:2026",
+        "0:aa:2026",
+        "1e3:aa:2026",
+        "16389:zz:2026",
+        "99999999999999999:aa:2026",
+    ] {
         for field in ["service", "state:new", "task:call"] {
             let customer = format!("{field} {pointer}");
             let tree = asked_of(&customer).keys(&space.key_prefix).tree;

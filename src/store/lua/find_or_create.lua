@@ -5,21 +5,19 @@
 -- KEYS[2]   ids        cs:{12630}:ids               hash, service id -> identity
 -- KEYS[3]   tree       cs:{12630}:tree:<identity>   hash, the active service with its states and tasks
 -- ARGV[1]   bucket     0 to 16383; every id is n * 16384 + bucket
--- ARGV[2]   identity   as in the tree's key
--- ARGV[3]   token      16 hexadecimal digits: which entry of which request this is
--- ARGV[4]   now        JSON string, the worker's clock
--- ARGV[5]   on_found   "merge" or "keep"
--- ARGV[6]   associate  "1": a task created here records the state's id
--- ARGV[7]   state      its type, as text
--- ARGV[8]   task       its type, as text; empty: the entry has no task
--- ARGV[9]   service_start, ARGV[10] service_data   numbers of fields
--- ARGV[11]  state_start,   ARGV[12] state_data     numbers of fields
--- ARGV[13]  task_start,    ARGV[14] task_data      numbers of fields
--- ARGV[15..] name, JSON, name, JSON, ...           the fields, in the order of the numbers above
+-- ARGV[2]   token      16 hexadecimal digits: which entry of which request this is
+-- ARGV[3]   now        the worker's clock: 2026-01-31T08:30:00.000Z
+-- ARGV[4]   on_found   "merge" or "keep"
+-- ARGV[5]   associate  "1": a task created here records the state's id
+-- ARGV[6..] the service, the state and, if the entry has one, the task, each as
+--             at, record, number of data, key, JSON, key, JSON, ...
 --
 -- The tree:
---   service, state:<type>, task:<type>   pointers to what is active: <id>:<token of the entry that created it>
---   <id>.<name>                          the fields of an object, JSON
+--   <at>         service, state:<type>, task:<type>: what is active, as <id>:<token>:<updated>. The token is that of the
+--                entry that created it, updated the time when it was last written to.
+--   <id>         the object's record, a JSON object that never changes
+--   <id>.<key>   its attached data, JSON
+-- One field for all that never changes: a field costs Redis some 60 bytes and a microsecond, whatever is in it.
 --
 -- Returns { service_id, created, state_id, created [, task_id, created] }, created being 1 or 0.
 -- Returns the error BADTREE if a pointer cannot be read, and BADSEQUENCE if the next id would not be one: someone else
@@ -32,46 +30,41 @@
 -- (a key of another type, for instance) costs an unused id and never leaves half a service.
 
 local SEQUENCE, IDS, TREE = KEYS[1], KEYS[2], KEYS[3]
-local bucket, identity, token, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local merge, associate = ARGV[5] == 'merge', ARGV[6] == '1'
-local has_task = ARGV[8] ~= ''
+local bucket, token, now = ARGV[1], ARGV[2], ARGV[3]
+local merge, associate = ARGV[4] == 'merge', ARGV[5] == '1'
 local BUCKETS = 16384
 -- The last n whose id is below 2^53: ids beyond it are rounded, and two objects would share one.
 local LAST = 2 ^ 39 - 1
 -- Lua hands at most some 8,000 values to one call.
 local CHUNK = 4000
 
-local kinds = { 'service', 'state:' .. ARGV[7], has_task and 'task:' .. ARGV[8] or nil }
-local pointers = redis.call('HMGET', TREE, unpack(kinds))
+-- Where the arguments of each object begin: its name, its record, how many data, the data.
+local service = 6
+local state = service + 3 + 2 * ARGV[service + 2]
+local task = state + 3 + 2 * ARGV[state + 2]
+local starts, pointers = { service, state }, nil
+if ARGV[task] then
+  starts[3] = task
+  pointers = redis.call('HMGET', TREE, ARGV[service], ARGV[state], ARGV[task])
+else
+  pointers = redis.call('HMGET', TREE, ARGV[service], ARGV[state])
+end
 
--- ids, by kind; created marks what this entry makes or made.
-local ids, created = {}, {}
+-- By kind: 1 is the service, 2 the state, 3 the task. What this entry makes or made has its token.
+local ids, tokens = {}, {}
 local missing, applied = 0, false
-for kind = 1, #kinds do
+for kind = 1, #starts do
   local pointer = pointers[kind]
   if pointer then
-    local id = string.match(pointer, '^([1-9]%d*):%x+$')
+    local id, creator = string.match(pointer, '^([1-9]%d*):(%x+):')
     if not id or #id > 16 then
-      return redis.error_reply('BADTREE the pointer of a ' .. string.match(kinds[kind], '^%a+') .. ' cannot be read')
+      local name = string.match(ARGV[starts[kind]], '^%a+')
+      return redis.error_reply('BADTREE the pointer of a ' .. name .. ' cannot be read')
     end
-    ids[kind] = id
-    created[kind] = string.sub(pointer, -#token) == token
-    applied = applied or created[kind]
+    ids[kind], tokens[kind] = id, creator
+    applied = applied or creator == token
   else
     missing = missing + 1
-  end
-end
-
-local writes, count = {}, 0
-local function put(name, value)
-  writes[count + 1], writes[count + 2] = name, value
-  count = count + 2
-end
--- Writes the fields number first + 1 to first + n of ARGV onto the object.
-local function put_fields(id, first, n)
-  local position = 15 + 2 * first
-  for at = position, position + 2 * n - 2, 2 do
-    put(id .. '.' .. ARGV[at], ARGV[at + 1])
   end
 end
 
@@ -83,28 +76,34 @@ if missing > 0 then
   end
 end
 
-local first = 0
-for kind = 1, #kinds do
-  local start_fields, data_fields = tonumber(ARGV[7 + 2 * kind]), tonumber(ARGV[8 + 2 * kind])
-  local id = ids[kind]
+local writes, count = {}, 0
+for kind = 1, #starts do
+  local start, id = starts[kind], ids[kind]
+  local writes_data = merge and not applied
   if not id then
     n = n + 1
     -- Not tostring: it rounds at 14 digits.
     id = string.format('%.0f', n * BUCKETS + bucket)
-    ids[kind], created[kind] = id, true
-    put(kinds[kind], id .. ':' .. token)
-    put_fields(id, first, start_fields + data_fields)
-    put(id .. '.updated', now)
+    ids[kind], tokens[kind] = id, token
+    local record = ARGV[start + 1]
     if kind == 1 then
-      redis.call('HSET', IDS, id, identity)
+      -- The tree's key goes on with the identity where that of the ids ends: `ids` against `tree:`.
+      redis.call('HSET', IDS, id, string.sub(TREE, #IDS + 3))
     elseif kind == 3 and associate then
-      put(id .. '.state_id', ids[2])
+      record = string.sub(record, 1, -2) .. ',"state_id":' .. ids[2] .. '}'
     end
-  elseif merge and not applied then
-    put_fields(id, first + start_fields, data_fields)
-    put(id .. '.updated', now)
+    writes[count + 1], writes[count + 2] = id, record
+    count = count + 2
+    writes_data = true
   end
-  first = first + start_fields + data_fields
+  if writes_data then
+    writes[count + 1], writes[count + 2] = ARGV[start], id .. ':' .. tokens[kind] .. ':' .. now
+    count = count + 2
+    for at = start + 3, start + 1 + 2 * ARGV[start + 2], 2 do
+      writes[count + 1], writes[count + 2] = id .. '.' .. ARGV[at], ARGV[at + 1]
+      count = count + 2
+    end
+  end
 end
 
 for from = 1, count, CHUNK do
@@ -112,8 +111,8 @@ for from = 1, count, CHUNK do
 end
 
 local answer = {}
-for kind = 1, #kinds do
+for kind = 1, #starts do
   answer[2 * kind - 1] = tonumber(ids[kind])
-  answer[2 * kind] = created[kind] and 1 or 0
+  answer[2 * kind] = tokens[kind] == token and 1 or 0
 end
 return answer
