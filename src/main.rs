@@ -45,13 +45,13 @@ fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return fail(WRONG_SETTINGS, &error),
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILED, &error),
     };
     let code = runtime.block_on(async {
         match arguments.command {
-            Command::Worker => worker(&settings).await,
+            Command::Worker => Box::pin(worker(&settings)).await,
             Command::Send(arguments) => send_one(&settings, &arguments).await,
             Command::Check => match check(&settings, &mut io::stdout()).await {
                 Ok(()) => ExitCode::SUCCESS,

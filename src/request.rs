@@ -487,8 +487,13 @@ impl<'de> Visitor<'de> for ObjectSeed<'_, '_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        /// Room for as many as an event mostly has: growing step by step costs more than what is left over.
+        const STARTS: usize = 8;
+        const DATA: usize = 4;
         let (door, fields) = (self.door, self.object.fields);
         let mut object = Object::default();
+        object.event.start.reserve(STARTS);
+        object.event.data.reserve(DATA);
         let mut seen = 0_u32;
         while let Some(Key(key)) = map.next_key()? {
             let value = map.next_value::<&'de RawValue>()?.get();

@@ -150,8 +150,12 @@ struct Answering<'a> {
     numbers: FreshNumbers,
 }
 
-impl Answering<'_> {
-    async fn answer_all(mut self, mut intake: Intake<'_>, published: mpsc::Sender<Published>) -> Result<(), Stopped> {
+impl<'a> Answering<'a> {
+    async fn answer_all(
+        mut self,
+        mut intake: Intake<'_>,
+        published: mpsc::Sender<Published<'a>>,
+    ) -> Result<(), Stopped> {
         while let Some(Taken { requests, set_aside }) = intake.next().await? {
             let requests = self.answer(requests).await?;
             // The other end is gone only when settling has failed, and then this future is dropped too.
@@ -161,13 +165,12 @@ impl Answering<'_> {
     }
 
     /// The way of a batch, in reading order.
-    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest>, Stopped> {
+    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest<'a>>, Stopped> {
         fault::reached(Point::Received).await;
         let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
         let outcomes = self.outcomes(requests).await?;
         fault::reached(Point::ScriptAnswered).await;
-        let published =
-            batch.into_iter().zip(outcomes).map(|(delivery, outcome)| self.end(&delivery, outcome)).collect();
+        let published = self.end_all(batch, outcomes);
         fault::reached(Point::ReplyPublished).await;
         Ok(published)
     }
@@ -276,10 +279,15 @@ impl Answering<'_> {
         }
     }
 
+    fn end_all(&self, batch: Vec<Delivery>, outcomes: Vec<Outcome>) -> Vec<PublishedRequest<'a>> {
+        let _together = self.publisher.together();
+        batch.into_iter().zip(outcomes).map(|(delivery, outcome)| self.end(&delivery, outcome)).collect()
+    }
+
     /// What becomes of a request when it has an outcome. A panic on the way makes it one that failed.
-    fn end(&self, delivery: &Delivery, outcome: Outcome) -> PublishedRequest {
+    fn end(&self, delivery: &Delivery, outcome: Outcome) -> PublishedRequest<'a> {
         let ended = isolated(|| {
-            fault::strike(Point::ReplyPublished, delivery.message().body);
+            fault::strike(Point::ReplyPublished, delivery.body());
             self.publish(delivery, self.ending(outcome, delivery))
         });
         ended.unwrap_or_else(|| self.publish(delivery, self.ending(Outcome::panicked(), delivery)))
@@ -287,12 +295,12 @@ impl Answering<'_> {
 
     /// The one place where an outcome becomes an ending.
     fn ending(&self, outcome: Outcome, delivery: &Delivery) -> Ending {
-        let message = delivery.message();
         if let Outcome::Failed(Refusal { message: cause, .. }) = &outcome {
+            let message = delivery.message();
             let (message_id, correlation_id) = (message.message_id, message.correlation_id);
             error!(cause, message_id, correlation_id, "a request failed and is dead-lettered");
         }
-        let has_address = message.reply_to.is_some_and(|reply_to| self.names.may_take_replies(reply_to));
+        let has_address = delivery.reply_to().is_some_and(|reply_to| self.names.may_take_replies(reply_to.as_str()));
         match (outcome, has_address) {
             (Outcome::Answered(found), true) => Ending::Reply(Reply::success(&found, &self.settings.reply)),
             (Outcome::Answered(_), false) => Ending::Nothing,
@@ -302,7 +310,7 @@ impl Answering<'_> {
         }
     }
 
-    fn publish(&self, delivery: &Delivery, ending: Ending) -> PublishedRequest {
+    fn publish(&self, delivery: &Delivery, ending: Ending) -> PublishedRequest<'a> {
         let (reply, dead_letter) = match ending {
             Ending::Reply(reply) => (Some(reply), None),
             Ending::DeadLetter(refusal) => (None, Some(refusal)),

@@ -74,7 +74,8 @@ impl Delivery {
         self.delivery.redelivered
     }
 
-    pub(super) fn body(&self) -> &[u8] {
+    /// The body, any bytes.
+    pub fn body(&self) -> &[u8] {
         &self.delivery.data
     }
 
@@ -82,7 +83,7 @@ impl Delivery {
         &self.delivery.properties
     }
 
-    pub(super) fn reply_to(&self) -> Option<&ShortString> {
+    pub(crate) fn reply_to(&self) -> Option<&ShortString> {
         given(self.properties().reply_to().as_ref())
     }
 

@@ -32,6 +32,7 @@ use futures_util::{Stream, TryFutureExt};
 use lapin::AsyncTcpStream;
 
 use super::allowance::Allowance;
+use super::cork::Cork;
 use super::lifeline::Lifeline;
 
 /// The header under which a replaced content header says what was wrong with the one it replaces.
@@ -98,29 +99,30 @@ impl Reactor for GuardedTokio {
     }
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        self.0
-            .tcp_connect_addr(addr)
-            .map_ok(|stream| Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), Allowance::unlimited()))
+        self.0.tcp_connect_addr(addr).map_ok(|stream| {
+            Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), Cork::default(), Allowance::unlimited())
+        })
     }
 }
 
 /// A stream of AMQP frames whose reader meets no content header that it could not read and no message that its
-/// [`Allowance`] does not cover, and that ends when its [`Lifeline`] is severed.
+/// [`Allowance`] does not cover, that waits with writing while its [`Cork`] is in, and ends when its [`Lifeline`] is severed.
 pub(super) struct Guarded<S> {
     stream: S,
     lifeline: Lifeline,
+    cork: Cork,
     buffer: Buffer,
 }
 
 impl<S> Guarded<S> {
-    pub(super) fn new(stream: S, lifeline: Lifeline, allowance: Allowance) -> Self {
-        Self { stream, lifeline, buffer: Buffer::new(allowance) }
+    pub(super) fn new(stream: S, lifeline: Lifeline, cork: Cork, allowance: Allowance) -> Self {
+        Self { stream, lifeline, cork, buffer: Buffer::new(allowance) }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { stream, lifeline, buffer } = &mut *self;
+        let Self { stream, lifeline, buffer, .. } = &mut *self;
         lifeline.check_reader(cx)?;
         loop {
             let handed_out = buffer.hand_out(out);
@@ -154,6 +156,7 @@ impl<S: AsyncWrite + Unpin> Guarded<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.cork.wait_until_out();
         self.writable(cx)?.poll_write(cx, bytes)
     }
 
@@ -162,6 +165,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.cork.wait_until_out();
         self.writable(cx)?.poll_write_vectored(cx, parts)
     }
 
@@ -473,7 +477,7 @@ fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
 /// The door of `fuzz/`, a crate of its own: what lapin reads where `stream` is the socket.
 #[cfg(fuzzing)]
 pub fn guarded<S: AsyncRead + Unpin>(stream: S) -> impl AsyncRead + Unpin {
-    Guarded::new(stream, Lifeline::default(), Allowance::unlimited())
+    Guarded::new(stream, Lifeline::default(), Cork::default(), Allowance::unlimited())
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 pub mod acknowledger;
 mod allowance;
 pub mod consumer;
+mod cork;
 pub mod delivery;
 pub mod frame_guard;
 mod lifeline;
@@ -34,6 +35,7 @@ use crate::settings::{Amqp as Settings, SecretUrl};
 use acknowledger::Acknowledger;
 use allowance::Allowance;
 use consumer::Consumer;
+use cork::Cork;
 use frame_guard::{Guarded, GuardedTokio};
 use lifeline::Owner;
 use publisher::Publisher;
@@ -169,8 +171,9 @@ impl Broker {
     /// What the broker objects to, or how the connection ended.
     pub async fn open(&mut self, settings: &Settings) -> Result<Endpoints, TopologyError> {
         let Self { consuming, publishing, allowance, valve } = self;
-        let opened =
-            endpoints(&consuming.connection, allowance, &publishing.connection, Valve(valve.subscribe()), settings);
+        let valve_of_worker = Valve(valve.subscribe());
+        let (consuming_link, publishing_link) = (&consuming.connection, (&publishing.connection, &publishing.cork));
+        let opened = endpoints(consuming_link, allowance, publishing_link, valve_of_worker, settings);
         // What the broker said before it confirmed something is known before that confirmation is acted on.
         tokio::select! {
             biased;
@@ -193,13 +196,13 @@ impl Broker {
 async fn endpoints(
     consuming: &Connection,
     allowance: &Allowance,
-    publishing: &Connection,
+    (publishing, cork): (&Connection, &Cork),
     mut valve: Valve,
     settings: &Settings,
 ) -> Result<Endpoints, TopologyError> {
     topology::establish(publishing, settings).await?;
     let names = Names::new(&settings.queue);
-    let publisher = Publisher::open(publishing, &names).await?;
+    let publisher = Publisher::open(publishing, cork, &names).await?;
     publisher.prove(&mut valve).await?;
     let consumer = Consumer::open(consuming, allowance, &names, settings.prefetch).await?;
     Ok(Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher, valve })
@@ -270,6 +273,7 @@ type Events = BoxStream<'static, Event>;
 pub(crate) struct Link {
     connection: Connection,
     events: Events,
+    cork: Cork,
     _owner: Owner,
 }
 
@@ -282,6 +286,8 @@ impl Link {
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let owner = Owner::default();
         let (lifeline, allowance) = (owner.lifeline(), allowance.clone());
+        let cork = Cork::default();
+        let corked = cork.clone();
         let connected = Connection::connector(
             uri,
             GuardedTokio::current(),
@@ -291,12 +297,12 @@ impl Link {
                 let runtime = async_rs::Runtime::tokio_current();
                 let socket = uri.connect_with_config_async(TLSConfig::default(), &runtime);
                 let socket = timeout(CONNECT_LIMIT, socket).await.map_err(io::Error::from)??;
-                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone(), allowance.clone())))
+                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone(), corked.clone(), allowance.clone())))
             },
             properties,
         );
         let connection = within(CONNECT_LIMIT, doing, connected).await?;
-        Ok(Self { events: connection.events_listener().boxed(), connection, _owner: owner })
+        Ok(Self { events: connection.events_listener().boxed(), connection, cork, _owner: owner })
     }
 
     pub(crate) fn connection(&self) -> &Connection {

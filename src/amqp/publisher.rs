@@ -8,10 +8,12 @@ use std::future::Future;
 use std::pin::Pin;
 
 use futures_util::FutureExt;
+use futures_util::future::{MaybeDone, maybe_done};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 
+use super::cork::Cork;
 use super::delivery::Delivery;
 use super::topology::Names;
 use super::{ANSWER_LIMIT, BrokerError, Valve, within};
@@ -22,6 +24,7 @@ const CARRIED_ON: [&str; 2] = ["traceparent", "tracestate"];
 
 /// Publishes on one connection.
 pub struct Publisher {
+    cork: Cork,
     replies: Channel,
     dead_letters: Channel,
     dead_letter_exchange: ShortString,
@@ -39,12 +42,18 @@ pub enum Fate {
 }
 
 /// A publication under way: its frames are queued for sending; it ends with the broker's word.
-pub struct Publication(Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>);
+pub struct Publication<'a>(MaybeDone<Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send + 'a>>>);
 
-impl Publication {
+impl Publication<'_> {
     /// Waits for the broker's word. The caller sets the limit.
-    pub async fn fate(self) -> Result<Fate, BrokerError> {
-        match self.0.await {
+    pub async fn heard(&mut self) {
+        Pin::new(&mut self.0).await;
+    }
+
+    /// Waits for the broker's word, and tells it. The caller sets the limit.
+    pub async fn fate(mut self) -> Result<Fate, BrokerError> {
+        self.heard().await;
+        match Pin::new(&mut self.0).take_output().expect("it was heard, and is told once") {
             Ok(Confirmation::Ack(None)) => Ok(Fate::Confirmed),
             Ok(Confirmation::Ack(Some(_))) => Ok(Fate::Returned),
             Ok(Confirmation::Nack(_)) => Ok(Fate::Nacked),
@@ -56,8 +65,9 @@ impl Publication {
 
 impl Publisher {
     /// Opens the channels.
-    pub(super) async fn open(connection: &Connection, names: &Names) -> Result<Self, BrokerError> {
+    pub(super) async fn open(connection: &Connection, cork: &Cork, names: &Names) -> Result<Self, BrokerError> {
         Ok(Self {
+            cork: cork.clone(),
             replies: confirming_channel(connection).await?,
             dead_letters: confirming_channel(connection).await?,
             dead_letter_exchange: names.dead_letter_exchange.clone(),
@@ -82,8 +92,13 @@ impl Publisher {
         Ok(())
     }
 
+    /// What is published while the guard is held travels together.
+    pub fn together(&self) -> impl Drop + use<'_> {
+        self.cork.put_in()
+    }
+
     /// Sends `reply` to the reply address of `request`; `None` if it has none.
-    pub fn reply(&self, request: &Delivery, reply: Reply) -> Option<Publication> {
+    pub fn reply(&self, request: &Delivery, reply: Reply) -> Option<Publication<'_>> {
         let address = request.reply_to()?.clone();
         let mut headers = FieldTable::default();
         headers.insert("status".into(), AMQPValue::LongInt(reply.status.into()));
@@ -107,7 +122,7 @@ impl Publisher {
     }
 
     /// Sends a copy of `request` to the dead letters, with the reason in its headers.
-    pub fn dead_letter(&self, request: &Delivery, refusal: &Refusal) -> Publication {
+    pub fn dead_letter(&self, request: &Delivery, refusal: &Refusal) -> Publication<'_> {
         let mut headers = request.headers().cloned().unwrap_or_default();
         headers.insert("x-refusal-status".into(), AMQPValue::LongInt(refusal.exception.status().into()));
         headers.insert("x-refusal-message".into(), AMQPValue::LongString(refusal.message.as_str().into()));
@@ -157,13 +172,11 @@ fn publish(
     routing_key: ShortString,
     body: Vec<u8>,
     properties: BasicProperties,
-) -> Publication {
-    let channel = channel.clone();
+) -> Publication<'_> {
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let mut publication: Pin<Box<dyn Future<Output = _> + Send>> =
-        Box::pin(async move { channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await });
-    if let Some(ended) = (&mut publication).now_or_never() {
-        publication = Box::pin(std::future::ready(ended));
-    }
-    Publication(publication)
+    let published =
+        async move { channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await };
+    let mut publication = Publication(maybe_done(Box::pin(published)));
+    let _ = publication.heard().now_or_never();
+    publication
 }

@@ -101,18 +101,19 @@ impl Object<'_> {
     /// values as they were sent.
     fn write_record(&self, out: &mut dyn Write) -> io::Result<()> {
         let Event { type_json, timestamp, start, fields, .. } = self.event;
-        write!(out, r#"{{"type":{type_json}"#)?;
+        let mut write = |parts: &[&str]| parts.iter().try_for_each(|part| out.write_all(part.as_bytes()));
+        write(&["{\"type\":", type_json])?;
         for (name, json) in fields.iter().filter(|(name, _)| !(self.without_state_id && *name == "state_id")) {
-            write!(out, r#","{name}":{json}"#)?;
+            write(&[",\"", name, "\":", json])?;
         }
         match timestamp {
-            Some(timestamp) => write!(out, r#","started":{{"timestamp":{timestamp}"#)?,
-            None => write!(out, r#","started":{{"timestamp":"{}""#, self.now)?,
+            Some(timestamp) => write(&[",\"started\":{\"timestamp\":", timestamp])?,
+            None => write(&[",\"started\":{\"timestamp\":\"", self.now, "\""])?,
         }
         for (name, json) in start {
-            write!(out, r#","{name}":{json}"#)?;
+            write(&[",\"", name, "\":", json])?;
         }
-        out.write_all(b"}}")
+        write(&["}}"])
     }
 
     /// About how many bytes it adds.
@@ -132,16 +133,22 @@ fn write(command: &mut Cmd, argument: impl FnOnce(&mut dyn Write) -> io::Result<
 
 /// Reads the script's answer; `None` is an answer it never gives.
 pub fn read_answer(answer: &Value) -> Option<Found> {
-    let Value::Array(values) = answer else { return None };
-    let mut objects = values.chunks(2).map(|pair| match pair {
-        [Value::Int(id), Value::Int(created @ (0 | 1))] => {
-            Some(store::Object { id: u64::try_from(*id).ok().filter(|id| *id > 0)?, created: *created == 1 })
-        }
-        _ => None,
-    });
-    let (service, state) = (objects.next()??, objects.next()??);
-    let task = objects.next().map_or(Some(None), |task| task.map(Some))?;
-    objects.next().is_none().then_some(Found { service, state, task })
+    let Value::BulkString(text) = answer else { return None };
+    let mut words = std::str::from_utf8(text).ok()?.split(' ');
+    let (service, state) = (read_object(&mut words)?, read_object(&mut words)?);
+    let mut words = words.peekable();
+    let task = if words.peek().is_some() { Some(read_object(&mut words)?) } else { None };
+    words.next().is_none().then_some(Found { service, state, task })
+}
+
+fn read_object<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<store::Object> {
+    let id = words.next()?.parse().ok().filter(|id| *id > 0)?;
+    let created = match words.next()? {
+        "0" => false,
+        "1" => true,
+        _ => return None,
+    };
+    Some(store::Object { id, created })
 }
 
 #[cfg(test)]
@@ -172,25 +179,29 @@ mod tests {
 
     #[test]
     fn only_answers_of_the_script_are_taken() {
-        let ints = |values: &[i64]| Value::Array(values.iter().copied().map(Value::Int).collect());
-        let found = read_answer(&ints(&[5, 1, 6, 0, 7, 1])).unwrap();
+        let read = |text: &str| read_answer(&Value::BulkString(text.into()));
+        let found = read("5 1 6 0 7 1").unwrap();
         assert_eq!(found.service, store::Object { id: 5, created: true });
         assert_eq!(found.state, store::Object { id: 6, created: false });
         assert_eq!(found.task, Some(store::Object { id: 7, created: true }));
-        assert_eq!(read_answer(&ints(&[5, 1, 6, 0])).unwrap().task, None);
-        let odd: &[&[i64]] = &[
-            &[],
-            &[5],
-            &[5, 1],
-            &[5, 1, 6],
-            &[5, 2, 6, 0],
-            &[0, 1, 6, 0],
-            &[-1, 1, 6, 0],
-            &[5, 1, 6, 0, 7],
-            &[5, 1, 6, 0, 7, 1, 8, 1],
+        assert_eq!(read("5 1 6 0").unwrap().task, None);
+        let odd = [
+            "",
+            "5",
+            "5 1",
+            "5 1 6",
+            "5 2 6 0",
+            "0 1 6 0",
+            "-1 1 6 0",
+            "5 1 6 0 7",
+            "5 1 6 0 7 1 8",
+            "5 1 6 0 ",
+            "5  1 6 0",
+            "a 1 6 0",
+            "5 1 6 0 7 1 8 1",
         ];
-        for values in odd {
-            assert!(read_answer(&ints(values)).is_none(), "{values:?}");
+        for text in odd {
+            assert!(read(text).is_none(), "{text:?}");
         }
         assert!(read_answer(&Value::Okay).is_none());
     }

@@ -26,23 +26,27 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 const UNCOUNTED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Requests whose replies and dead letters, if any, are on their way.
-pub(super) struct Published {
-    pub(super) requests: Vec<PublishedRequest>,
+pub(super) struct Published<'a> {
+    pub(super) requests: Vec<PublishedRequest<'a>>,
     /// Numbers of requests that were taken and are not here: nothing may acknowledge them by the way.
     pub(super) set_aside: Vec<u64>,
 }
 
 /// A request whose reply or dead letter, if any, is on its way.
-pub(super) struct PublishedRequest {
+pub(super) struct PublishedRequest<'a> {
     tag: u64,
-    reply: Option<Publication>,
-    dead_letter: Option<Publication>,
+    reply: Option<Publication<'a>>,
+    dead_letter: Option<Publication<'a>>,
     /// Before it goes back to the queue, if it must.
     pause: Duration,
 }
 
-impl PublishedRequest {
-    pub(super) fn new(delivery: &Delivery, reply: Option<Publication>, dead_letter: Option<Publication>) -> Self {
+impl<'a> PublishedRequest<'a> {
+    pub(super) fn new(
+        delivery: &Delivery,
+        reply: Option<Publication<'a>>,
+        dead_letter: Option<Publication<'a>>,
+    ) -> Self {
         let pause = pause(delivery.returns(), delivery.is_redelivered());
         Self { tag: delivery.tag(), reply, dead_letter, pause }
     }
@@ -73,7 +77,7 @@ impl<'a> Settling<'a> {
     }
 
     /// Settles every batch in the order of their publication.
-    pub(super) async fn settle_all(mut self, mut batches: mpsc::Receiver<Published>) -> Result<(), BrokerError> {
+    pub(super) async fn settle_all(mut self, mut batches: mpsc::Receiver<Published<'_>>) -> Result<(), BrokerError> {
         loop {
             tokio::select! {
                 biased;
@@ -92,7 +96,7 @@ impl<'a> Settling<'a> {
     }
 
     /// What is settled is acknowledged even if the rest cannot be: it is not answered a second time.
-    async fn settle(&mut self, batch: Published) -> Result<(), BrokerError> {
+    async fn settle(&mut self, batch: Published<'_>) -> Result<(), BrokerError> {
         let count = batch.requests.len();
         let mut settled = Vec::with_capacity(count);
         self.held.extend(batch.set_aside);
@@ -108,12 +112,15 @@ impl<'a> Settling<'a> {
     /// Collects in `settled`, in their order, the numbers of those that may be acknowledged.
     async fn settle_each(
         &mut self,
-        requests: Vec<PublishedRequest>,
+        mut requests: Vec<PublishedRequest<'_>>,
         settled: &mut Vec<u64>,
     ) -> Result<(), BrokerError> {
+        let mut valve = self.valve.clone();
+        let overdue = valve.overdue(CONFIRM_LIMIT).shared();
+        last_heard(&mut requests, overdue.clone()).await;
         for PublishedRequest { tag, reply, dead_letter, pause } in requests {
-            let reply = self.confirmed(reply).await?;
-            let dead_letter = self.confirmed(dead_letter).await?;
+            let reply = confirmed(reply, &overdue).await?;
+            let dead_letter = confirmed(dead_letter, &overdue).await?;
             match settlement(reply, dead_letter) {
                 Settlement::Acknowledge => {
                     self.held.remove(&tag);
@@ -127,15 +134,6 @@ impl<'a> Settling<'a> {
             }
         }
         Ok(())
-    }
-
-    async fn confirmed(&mut self, publication: Option<Publication>) -> Result<Option<Fate>, BrokerError> {
-        let Some(publication) = publication else { return Ok(None) };
-        tokio::select! {
-            biased;
-            fate = publication.fate() => fate.map(Some),
-            () = self.valve.overdue(CONFIRM_LIMIT) => Err(BrokerError::silent("publish", CONFIRM_LIMIT)),
-        }
     }
 
     /// One frame for all, unless some delivered before them are not settled yet: then one frame for all before the
@@ -155,6 +153,34 @@ impl<'a> Settling<'a> {
         self.held.remove(&tag);
         self.acknowledger.give_back(tag).await
     }
+}
+
+/// Waits until the broker's word on the last of them is heard, or `overdue`. Most often the others are confirmed by then:
+/// waiting for one after the other would wake this task for each.
+async fn last_heard(requests: &mut [PublishedRequest<'_>], overdue: impl Future<Output = ()>) {
+    let last = requests.iter_mut().rev().find_map(|request| request.dead_letter.as_mut().or(request.reply.as_mut()));
+    if let Some(last) = last {
+        tokio::select! {
+            biased;
+            () = last.heard() => {}
+            () = overdue => {}
+        }
+    }
+}
+
+async fn confirmed(
+    publication: Option<Publication<'_>>,
+    overdue: &(impl Future<Output = ()> + Clone),
+) -> Result<Option<Fate>, BrokerError> {
+    let Some(mut publication) = publication else { return Ok(None) };
+    if publication.heard().now_or_never().is_none() {
+        tokio::select! {
+            biased;
+            () = publication.heard() => {}
+            () = overdue.clone() => return Err(BrokerError::silent("publish", CONFIRM_LIMIT)),
+        }
+    }
+    publication.fate().await.map(Some)
 }
 
 enum Settlement {

@@ -82,8 +82,12 @@ impl AsyncRead for Pieces<'_> {
 
 /// What lapin would read, `out_bytes` at a time, of a socket that gives `bytes` in pieces of `sizes`.
 fn read_through(bytes: &[u8], sizes: &[usize], out_bytes: usize) -> Vec<u8> {
-    let mut guarded =
-        Guarded::new(Pieces { bytes, sizes: sizes.iter().cycle() }, Lifeline::default(), Allowance::unlimited());
+    let mut guarded = Guarded::new(
+        Pieces { bytes, sizes: sizes.iter().cycle() },
+        Lifeline::default(),
+        Cork::default(),
+        Allowance::unlimited(),
+    );
     let (mut read, mut out) = (Vec::new(), vec![0; out_bytes]);
     loop {
         match Pin::new(&mut guarded).poll_read(&mut Context::from_waker(noop_waker_ref()), &mut out) {
@@ -414,7 +418,7 @@ fn messages_beyond_the_allowance_are_read_when_those_before_them_are_done_with()
         let allowance = Allowance::new(1000);
         let pieces = [piece];
         let stream = Pieces { bytes: &bytes, sizes: pieces.iter().cycle() };
-        let mut guarded = Guarded::new(stream, Lifeline::default(), allowance.clone());
+        let mut guarded = Guarded::new(stream, Lifeline::default(), Cork::default(), allowance.clone());
         let mut read = Vec::new();
         let behind = |count: usize| -> usize { sizes[..count].iter().map(|size| message(*size).len()).sum() };
         // What is behind the last message that was let through: the head of the next one's delivery.

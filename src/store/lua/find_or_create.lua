@@ -19,7 +19,7 @@
 --   <id>.<key>   its attached data, JSON
 -- One field for all that never changes: a field costs Redis some 60 bytes and a microsecond, whatever is in it.
 --
--- Returns { service_id, created, state_id, created [, task_id, created] }, created being 1 or 0.
+-- Returns "<service_id> <created> <state_id> <created>[ <task_id> <created>]", created being 1 or 0.
 -- Returns the error BADTREE if a pointer cannot be read, and BADSEQUENCE if the next id would not be one: someone else
 -- wrote to the tree or to the sequence.
 --
@@ -110,9 +110,8 @@ for from = 1, count, CHUNK do
   redis.call('HSET', TREE, unpack(writes, from, math.min(from + CHUNK - 1, count)))
 end
 
-local answer = {}
-for kind = 1, #starts do
-  answer[2 * kind - 1] = tonumber(ids[kind])
-  answer[2 * kind] = tokens[kind] == token and 1 or 0
+local answer = ids[1] .. (tokens[1] == token and ' 1 ' or ' 0 ') .. ids[2] .. (tokens[2] == token and ' 1' or ' 0')
+if ids[3] then
+  answer = answer .. ' ' .. ids[3] .. (tokens[3] == token and ' 1' or ' 0')
 end
 return answer
