@@ -15,6 +15,7 @@
 //! - [`reply`]: replies and refusals as they travel;
 //! - [`worker`]: a batch from delivery to settled, the page to read first;
 //! - [`session`]: connect, work, back off, again;
+//! - [`lanes`]: several sessions in one process;
 //! - [`amqp`]: everything that knows RabbitMQ, and nothing that decides;
 //! - [`settings`], [`retry`], [`telemetry`], [`command`]: what a program needs besides.
 
@@ -23,6 +24,7 @@ mod clock;
 pub mod command;
 mod fault;
 pub mod identity;
+pub mod lanes;
 pub mod reply;
 pub mod request;
 pub mod retry;

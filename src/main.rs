@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use composite_start::command::check::check;
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::settings::Settings;
-use composite_start::{session, telemetry};
+use composite_start::{lanes, telemetry};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Finds or creates a customer's Service, State and Task in one atomic step: requests from RabbitMQ, records in Redis
@@ -76,7 +76,7 @@ async fn worker(settings: &Settings) -> ExitCode {
         impatient.next().await;
     };
     tokio::select! {
-        ended = session::run(settings, drain.next()) => match ended {
+        ended = lanes::run(settings, drain.next()) => match ended {
             Ok(()) => {
                 tracing::info!("drained");
                 ExitCode::SUCCESS

@@ -4,8 +4,7 @@
 //! and build it anew. What was in hand goes back to the queue, and a repeat gets the same answer.
 
 use std::collections::HashSet;
-use std::future::Future;
-use std::pin::pin;
+use std::io;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -35,28 +34,19 @@ pub enum RunError {
     /// At the start the queues were not as the settings want them.
     #[error("{0}")]
     Topology(String),
+    /// The system gave no thread for a lane.
+    #[error("worker.lanes: {0}")]
+    Thread(io::Error),
+    /// A lane ended as none may: its requests go back to the queue.
+    #[error("a lane panicked; the log says where")]
+    Panic,
     /// The store's address is not one.
     #[error(transparent)]
     Store(#[from] Unavailable),
 }
 
-/// Runs a worker until `shutdown` ends, then drains. Servers that are not there are waited for.
-///
-/// # Errors
-/// What only a person can mend, or a drain that met its deadline.
-pub async fn run(settings: &Settings, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
-    let (stop, told_to_stop) = watch::channel(false);
-    let mut supervisor = pin!(supervise(settings, told_to_stop));
-    tokio::select! {
-        ended = &mut supervisor => return ended,
-        () = shutdown => {}
-    }
-    info!("stopping: no more requests are taken, those in hand are finished");
-    stop.send_replace(true);
-    supervisor.await
-}
-
-async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) -> Result<(), RunError> {
+/// Works until told to stop, then drains. Servers that are not there are waited for.
+pub(crate) async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) -> Result<(), RunError> {
     let mut store = Store::new(&settings.redis, settings.store.on_found)?;
     let mut delays = Delays::new();
     let mut outage = Outage::default();

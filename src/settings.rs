@@ -102,6 +102,8 @@ pub struct Worker {
     pub drain_seconds: u64,
     /// Time to hold requests while Redis is away.
     pub hold_seconds: u64,
+    /// Threads that work side by side.
+    pub lanes: u64,
 }
 
 /// `http.*`
@@ -273,6 +275,7 @@ impl Settings {
         check_range("limits.depth", self.limits.depth, 4, 10_000)?;
         check_range("worker.drain_seconds", self.worker.drain_seconds, 1, 3600)?;
         check_range("worker.hold_seconds", self.worker.hold_seconds, 1, 1500)?;
+        check_range("worker.lanes", self.worker.lanes, 1, 64)?;
         check_listen(&self.http.listen)?;
         check_filter(&self.log.filter)
     }
@@ -462,6 +465,8 @@ mod tests {
             ("[reply]\nbase_uri = \"/x/\"", &[], "reply.base_uri"),
             ("[limits]\nentries = 0", &[], "limits.entries"),
             ("[worker]\ndrain_seconds = 0", &[], "worker.drain_seconds"),
+            ("[worker]\nlanes = 0", &[], "worker.lanes"),
+            ("[worker]\nlanes = 65", &[], "worker.lanes"),
             ("[http]\nlisten = \"9464\"", &[], "http.listen"),
             ("[log]\nfilter = \"a=b=c\"", &[], "log.filter"),
             ("[log]\nformat = \"xml\"", &[], "log.format"),

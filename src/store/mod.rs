@@ -12,10 +12,11 @@ pub mod script;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
-use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, Value};
+use redis::{AsyncConnectionConfig, Client, Cmd, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, Value};
 use tokio::time::timeout;
 
 use crate::fault::{self, Point};
@@ -30,8 +31,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Between the probes that find a dead peer where nothing is sent.
 const KEEPALIVE: Duration = Duration::from_secs(5);
-/// Calls in one pipeline, at most: so much is answered within the limit by the slowest server worth using.
-const PIPELINE_CALLS: usize = 512;
+/// Calls in one pipeline, at most: so many are made in the time that the server takes for as many.
+const PIPELINE_CALLS: usize = 128;
+/// Pipelines sent and not answered, at most: one that the server works on, and one that it finds when that is done.
+const PIPELINES_UNDER_WAY: usize = 2;
 /// Bytes in one pipeline, roughly at most, beyond its first call.
 const PIPELINE_BYTES: usize = 4 * 1024 * 1024;
 
@@ -124,7 +127,8 @@ impl Store {
             Ok(connection)
         });
         let connection = connected.await.map_err(|_| self.silent(CONNECT_LIMIT))?;
-        self.connection = Some(connection.map_err(|error| unavailable(&self.address, &error))?);
+        let connection = connection.map_err(|error| unavailable(&self.address, &error))?;
+        self.connection = Some(connection);
         Ok(())
     }
 
@@ -142,56 +146,66 @@ impl Store {
     ) -> Result<Vec<Result<Found, EntryFailure>>, Unavailable> {
         let mut results = Vec::with_capacity(calls.len());
         for round in rounds(calls) {
-            for part in self.pipelines(&round, calls, now) {
-                results.append(&mut self.run(part, calls, now).await?);
+            if self.connection.is_none() {
+                self.connect().await?;
             }
+            let connection = self.connection.as_ref().expect("connected above");
+            let answered: Result<Vec<_>, Unavailable> = stream::iter(self.pipelines(&round, calls, now))
+                .map(|part| self.run(connection.clone(), part, calls, now))
+                .buffered(PIPELINES_UNDER_WAY)
+                .try_collect()
+                .await;
+            // Whatever went wrong: the next call makes a new connection.
+            results.extend(answered.inspect_err(|_| self.connection = None)?.into_iter().flatten());
         }
         // Every call was in exactly one round.
         results.sort_unstable_by_key(|(index, _)| *index);
         Ok(results.into_iter().map(|(_, result)| result).collect())
     }
 
-    /// Cuts one round into pipelines of bounded size.
-    fn pipelines(&self, round: &[usize], calls: &[(usize, Call<'_>)], now: &str) -> Vec<Part> {
-        let mut parts: Vec<Part> = Vec::new();
-        let mut bytes = 0;
-        for &index in round {
+    /// Cuts one round into pipelines of bounded size, each made when its turn comes: the server works on one while the
+    /// next is made.
+    fn pipelines(&self, round: &[usize], calls: &[(usize, Call<'_>)], now: &str) -> impl Iterator<Item = Part> {
+        let mut commands = round.iter().map(|&index| {
             let command = calls[index].1.command("EVALSHA", self.script.get_hash(), self.on_found, now);
-            let command_bytes: usize = command.args_iter().map(|arg| argument_bytes(&arg)).sum();
-            let is_full = |part: &Part| part.indices.len() == PIPELINE_CALLS || bytes + command_bytes > PIPELINE_BYTES;
-            if parts.last().is_none_or(is_full) {
-                parts.push(Part::default());
-                bytes = 0;
+            let bytes: usize = command.args_iter().map(|arg| argument_bytes(&arg)).sum();
+            (index, command, bytes)
+        });
+        let mut left_over = None;
+        std::iter::from_fn(move || {
+            let mut part = Part::default();
+            while let Some((index, command, bytes)) = left_over.take().or_else(|| commands.next()) {
+                if !part.takes(bytes) {
+                    left_over = Some((index, command, bytes));
+                    break;
+                }
+                part.push(index, command, bytes);
             }
-            bytes += command_bytes;
-            let part = parts.last_mut().expect("one was pushed above");
-            part.indices.push(index);
-            part.pipeline.add_command(command);
-        }
-        parts
+            (!part.indices.is_empty()).then_some(part)
+        })
     }
 
     /// Runs one pipeline, and again with the script's text what the server had forgotten the script for.
     async fn run(
-        &mut self,
+        &self,
+        mut connection: MultiplexedConnection,
         part: Part,
         calls: &[(usize, Call<'_>)],
         now: &str,
     ) -> Result<Vec<(usize, Result<Found, EntryFailure>)>, Unavailable> {
-        let answers = self.send(&part.pipeline).await?;
+        let answers = self.send(&mut connection, &part.pipeline).await?;
         let mut results = Vec::with_capacity(answers.len());
         let mut forgotten = Part::default();
         for (index, answer) in part.indices.into_iter().zip(&answers) {
             match self.sort(answer)? {
                 Answer::Result(result) => results.push((index, result)),
                 Answer::ScriptForgotten => {
-                    forgotten.indices.push(index);
-                    forgotten.pipeline.add_command(calls[index].1.command("EVAL", FIND_OR_CREATE, self.on_found, now));
+                    forgotten.push(index, calls[index].1.command("EVAL", FIND_OR_CREATE, self.on_found, now), 0);
                 }
             }
         }
         if !forgotten.indices.is_empty() {
-            let answers = self.send(&forgotten.pipeline).await?;
+            let answers = self.send(&mut connection, &forgotten.pipeline).await?;
             for (index, answer) in forgotten.indices.into_iter().zip(&answers) {
                 match self.sort(answer)? {
                     Answer::Result(result) => results.push((index, result)),
@@ -202,27 +216,25 @@ impl Store {
         Ok(results)
     }
 
-    /// One round trip. A connection on which anything went wrong is dropped: the next call makes a new one.
-    async fn send(&mut self, pipeline: &Pipeline) -> Result<Vec<Value>, Unavailable> {
-        if self.connection.is_none() {
-            self.connect().await?;
-        }
-        let connection = self.connection.as_mut().expect("connected above");
+    /// One round trip.
+    async fn send(
+        &self,
+        connection: &mut MultiplexedConnection,
+        pipeline: &Pipeline,
+    ) -> Result<Vec<Value>, Unavailable> {
         let sent = timeout(ANSWER_LIMIT, connection.send_packed_commands(pipeline, 0, pipeline.len()));
         // In this order: it is sent before the fault, if there is one, strikes.
         let (sent, ()) = tokio::join!(sent, fault::reached(Point::ScriptSent));
-        let answers = match sent {
-            Ok(Ok(answers)) if answers.len() == pipeline.len() => return Ok(answers),
+        match sent {
+            Ok(Ok(answers)) if answers.len() == pipeline.len() => Ok(answers),
             Ok(Ok(_)) => Err(self.strange("another number of answers than calls")),
             Ok(Err(error)) => Err(unavailable(&self.address, &error)),
             Err(_) => Err(self.silent(ANSWER_LIMIT)),
-        };
-        self.connection = None;
-        answers
+        }
     }
 
     /// The one place where an answer of the server becomes what happens next.
-    fn sort(&mut self, answer: &Value) -> Result<Answer, Unavailable> {
+    fn sort(&self, answer: &Value) -> Result<Answer, Unavailable> {
         let Value::ServerError(error) = answer else {
             let failure = || EntryFailure("the script gave an answer it never gives".to_owned());
             return Ok(Answer::Result(read_answer(answer).ok_or_else(failure)));
@@ -233,7 +245,6 @@ impl Store {
                 let details = error.details().unwrap_or_default();
                 let text = format!("{code} {details}");
                 if is_the_worlds_fault(code, details) {
-                    self.connection = None;
                     return Err(self.strange(&text));
                 }
                 Ok(Answer::Result(Err(EntryFailure(text))))
@@ -255,6 +266,20 @@ impl Store {
 struct Part {
     indices: Vec<usize>,
     pipeline: Pipeline,
+    bytes: usize,
+}
+
+impl Part {
+    /// Whether there is room for a command of so many bytes; for the first there always is.
+    fn takes(&self, bytes: usize) -> bool {
+        self.indices.is_empty() || (self.indices.len() < PIPELINE_CALLS && self.bytes + bytes <= PIPELINE_BYTES)
+    }
+
+    fn push(&mut self, index: usize, command: Cmd, bytes: usize) {
+        self.indices.push(index);
+        self.pipeline.add_command(command);
+        self.bytes += bytes;
+    }
 }
 
 enum Answer {
@@ -370,11 +395,11 @@ mod tests {
         let store = Store::new(&settings, OnFound::Merge).unwrap();
         let sizes = |entry: &Entry<'_>, count: usize| {
             let calls: Vec<_> = (0..count).map(|index| (index, call(entry))).collect();
-            let parts = store.pipelines(&(0..count).collect::<Vec<_>>(), &calls, "1");
-            parts.iter().map(|part| part.indices.len()).collect::<Vec<_>>()
+            let round: Vec<_> = (0..count).collect();
+            store.pipelines(&round, &calls, "1").map(|part| part.indices.len()).collect::<Vec<_>>()
         };
-        assert_eq!(sizes(&entry("A", ""), 1200), [512, 512, 176]);
-        assert_eq!(sizes(&entry("A", ""), 512), [512]);
+        assert_eq!(sizes(&entry("A", ""), 300), [128, 128, 44]);
+        assert_eq!(sizes(&entry("A", ""), 128), [128]);
         let large = |share: usize| entry("A", "x".repeat(PIPELINE_BYTES / share).leak());
         assert_eq!(sizes(&large(3), 5), [2, 2, 1]);
         assert_eq!(sizes(&large(1), 2), [1, 1]);

@@ -7,7 +7,8 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use composite_start::session;
+use composite_start::lanes;
+use composite_start::session::RunError;
 use composite_start::settings::{QueueType, Settings};
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -363,17 +364,17 @@ fn id(answer: &Incoming) -> &str {
 /// A worker without a process of its own; ended when dropped.
 struct InProcess {
     stop: Option<oneshot::Sender<()>>,
-    task: JoinHandle<Result<(), session::RunError>>,
+    task: JoinHandle<Result<(), RunError>>,
 }
 
 impl InProcess {
     fn start(settings: Settings) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(async move { session::run(&settings, async { drop(stopped.await) }).await });
+        let task = tokio::spawn(async move { lanes::run(&settings, async { drop(stopped.await) }).await });
         Self { stop: Some(stop), task }
     }
 
-    async fn drain(&mut self) -> Result<(), session::RunError> {
+    async fn drain(&mut self) -> Result<(), RunError> {
         drop(self.stop.take());
         soon("the worker's end", &mut self.task).await.unwrap()
     }

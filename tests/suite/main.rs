@@ -11,6 +11,7 @@ mod crash_points;
 mod cuts;
 mod dead_letters;
 mod harness;
+mod lanes;
 mod lifecycle;
 mod load;
 mod model;

@@ -1,0 +1,98 @@
+//! Several workers in one process, on as many cores: each lane is a thread with a session of its own.
+//!
+//! Lanes share nothing but the settings and the signal to stop. The broker deals the requests out among them as it does
+//! among processes, and what guards the records in Redis does not ask who runs beside whom.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::thread;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::runtime;
+use tokio::sync::{oneshot, watch};
+use tracing::{Instrument, info, info_span};
+
+use crate::session::{RunError, supervise};
+use crate::settings::Settings;
+
+type Lane<'a> = Pin<Box<dyn Future<Output = Result<(), RunError>> + Send + 'a>>;
+
+/// Works in `worker.lanes` lanes until `shutdown` ends, then drains them. Servers that are not there are waited for.
+///
+/// # Errors
+/// What only a person can mend, or a drain that met its deadline. One lane that cannot go on ends the others.
+pub async fn run(settings: &Settings, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
+    let (stop, told_to_stop) = watch::channel(false);
+    // The first lane has this thread.
+    let mut lanes: FuturesUnordered<Lane<'_>> = FuturesUnordered::new();
+    lanes.push(Box::pin(supervise(settings, told_to_stop.clone())));
+    for number in 2..=settings.worker.lanes {
+        lanes.push(Box::pin(lane_of_its_own(number, settings.clone(), told_to_stop.clone())));
+    }
+    let mut shutdown = pin!(shutdown);
+    let mut result = Ok(());
+    let mut is_told = false;
+    loop {
+        tokio::select! {
+            ended = lanes.next() => match ended {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    stop.send_replace(true);
+                    result = Err(graver(result, error));
+                }
+                None => return result,
+            },
+            () = &mut shutdown, if !is_told => {
+                info!("stopping: no more requests are taken, those in hand are finished");
+                is_told = true;
+                stop.send_replace(true);
+            }
+        }
+    }
+}
+
+/// A thread that ends with its lane, or with the process.
+async fn lane_of_its_own(number: u64, settings: Settings, stop: watch::Receiver<bool>) -> Result<(), RunError> {
+    let (tell, told) = oneshot::channel();
+    let works = move || {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Thread)?;
+        let ended = runtime.block_on(supervise(&settings, stop).instrument(info_span!("lane", number)));
+        runtime.shutdown_background();
+        ended
+    };
+    let thread = thread::Builder::new().name(format!("lane-{number}")).spawn(move || {
+        // Nobody listens any more only when the process ends.
+        let _ = tell.send(works());
+    });
+    thread.map_err(RunError::Thread)?;
+    told.await.unwrap_or(Err(RunError::Panic))
+}
+
+/// Of two ends the one that a person should hear of; what two drains left is added up.
+fn graver(before: Result<(), RunError>, error: RunError) -> RunError {
+    match (before, error) {
+        (Err(RunError::NotDrained { left }), RunError::NotDrained { left: more }) => {
+            RunError::NotDrained { left: left + more }
+        }
+        (Ok(()) | Err(RunError::NotDrained { .. }), error) => error,
+        (Err(before), _) => before,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_a_person_can_mend_is_told_before_what_was_left() {
+        let topology = || RunError::Topology("no such exchange".to_owned());
+        let not_drained = |left| RunError::NotDrained { left };
+        let told = |before, error| graver(before, error).to_string();
+        assert_eq!(told(Ok(()), not_drained(2)), not_drained(2).to_string());
+        assert_eq!(told(Err(not_drained(1)), not_drained(2)), not_drained(3).to_string());
+        assert_eq!(told(Err(not_drained(1)), topology()), "no such exchange");
+        assert_eq!(told(Err(topology()), not_drained(1)), "no such exchange");
+        assert_eq!(told(Err(topology()), RunError::Panic), "no such exchange");
+    }
+}

@@ -1,0 +1,30 @@
+//! Several lanes in one process.
+
+use crate::harness::Space;
+use crate::load::{Asked, Load, assert_promises_kept};
+
+#[tokio::test]
+async fn lanes_share_the_queue_and_drain_together() {
+    let space = Space::new();
+    let lanes = [("worker.lanes", "3"), ("amqp.prefetch", "10"), ("amqp.queue_type", "classic")];
+    let mut worker = space.worker_with(&lanes).await;
+    worker.says_times("consuming queue=", 3).await;
+    let mut load = Load::start(&space, Asked::mixed(2000)).await;
+    load.answered(200).await;
+    assert!(worker.drain().await.success(), "{}", worker.log());
+    let mut other = space.worker_with(&lanes[2..]).await;
+    load.all_answered().await;
+    assert!(other.drain().await.success());
+    load.take_the_rest().await;
+    load.assert_each_answered_once();
+    assert_promises_kept(&space, &[load]).await;
+}
+
+#[tokio::test]
+async fn a_lane_that_cannot_go_on_ends_the_others() {
+    let space = Space::new();
+    // Without the queues each lane ends at once, and the process with the reason.
+    let mut worker = space.start_worker(&[("worker.lanes", "2"), ("amqp.declare", "false")]);
+    assert_eq!(worker.ended().await.code(), Some(1), "{}", worker.log());
+    assert!(worker.log().contains("amqp.declare"), "{}", worker.log());
+}
