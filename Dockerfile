@@ -8,6 +8,7 @@ RUN mkdir src && touch src/lib.rs && echo 'fn main() {}' >src/main.rs \
     && cargo build --release --locked --bin composite-start \
     && rm -r src
 COPY config config
+COPY examples/composite-start.json examples/
 COPY src src
 # Cargo compares times, and those of the copied files are older than what was just built.
 RUN touch src/lib.rs src/main.rs && cargo build --release --locked --bin composite-start

@@ -1,6 +1,6 @@
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test check chaos fuzz deny
+.PHONY: help demo test check chaos bench micro fuzz deny
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -14,6 +14,12 @@ test: check ## all checks and all tests, against private servers; TESTS="name" r
 
 chaos: ## three workers among faults, then everything is checked; CHAOS_SECONDS=1200 CHAOS_SEED=2 for another run
 	@scripts/chaos demo
+
+bench: ## how fast a worker answers here, and at what cost, at seven settings (under three minutes, and the build)
+	@scripts/bench
+
+micro: ## what single steps of a request cost, without servers
+	cargo bench --locked --bench micro
 
 check: ## format, lints and documentation
 	cargo fmt --check

@@ -3,8 +3,11 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
+use composite_start::command::bench::{BenchArguments, BenchError, Verdict, bench};
 use composite_start::command::check::check;
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::settings::Settings;
@@ -28,6 +31,9 @@ enum Command {
     Worker,
     /// Send one request and print the answer: exit 0 on status 200, 1 on a refusal, 3 on no answer
     Send(SendArguments),
+    /// Send many requests, check every answer, and print how fast they came and what they cost: exit 0, 1 if an answer is
+    /// wrong or missing, 3 on no answer
+    Bench(BenchArguments),
     /// Try broker and store with the settings, and print the settings: exit 0, or 1 and the first thing that is wrong
     Check,
 }
@@ -53,6 +59,7 @@ fn main() -> ExitCode {
         match arguments.command {
             Command::Worker => Box::pin(worker(&settings)).await,
             Command::Send(arguments) => send_one(&settings, &arguments).await,
+            Command::Bench(arguments) => measure(settings.clone(), arguments).await,
             Command::Check => match check(&settings, &mut io::stdout()).await {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(FAILED, &error),
@@ -100,6 +107,36 @@ async fn send_one(settings: &Settings, arguments: &SendArguments) -> ExitCode {
         Err(error @ (SendError::Broker(_) | SendError::Timeout(_))) => fail(NO_ANSWER, &error),
         Err(error @ SendError::Output(_)) => fail(FAILED, &error),
         Err(error @ SendError::Input { .. }) => fail(WRONG_SETTINGS, &error),
+    }
+}
+
+/// A first signal ends the measurement, a second one the process.
+async fn measure(settings: Settings, arguments: BenchArguments) -> ExitCode {
+    let mut signals = match StopSignals::new() {
+        Ok(signals) => signals,
+        Err(error) => return fail(FAILED, &error),
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&stop);
+    let measured =
+        tokio::task::spawn_blocking(move || bench(&settings, &arguments, &told, &mut io::stdout(), &mut io::stderr()));
+    let impatient = async {
+        signals.next().await;
+        stop.store(true, Ordering::Relaxed);
+        signals.next().await;
+    };
+    let ended = tokio::select! {
+        ended = measured => ended,
+        () = impatient => return ExitCode::from(INTERRUPTED),
+    };
+    match ended {
+        Ok(Ok(Verdict::Right)) => ExitCode::SUCCESS,
+        Ok(Ok(Verdict::Wrong)) => ExitCode::from(FAILED),
+        Ok(Err(error @ (BenchError::Broker(_) | BenchError::Silence))) => fail(NO_ANSWER, &error),
+        Ok(Err(error @ BenchError::Stopped)) => fail(INTERRUPTED, &error),
+        Ok(Err(error @ BenchError::Output(_))) => fail(FAILED, &error),
+        Ok(Err(error @ BenchError::Arguments(_))) => fail(WRONG_SETTINGS, &error),
+        Err(panicked) => fail(FAILED, &panicked),
     }
 }
 

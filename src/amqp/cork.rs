@@ -2,10 +2,12 @@
 //!
 //! lapin's thread writes to the socket whatever it finds, as soon as it finds something: of a batch of replies it would
 //! send the first alone, and the rest in pieces as they come. Each piece costs a system call here, and the broker a turn.
+//! Meanwhile that thread and the one that publishes would fight over the locks of lapin's queues, frame by frame. So it is
+//! made to wait where it begins: lapin flushes before it looks for something to write.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Held while a batch is published; the socket is not written to meanwhile.
+/// Held while a batch is published; the socket is neither flushed nor written to meanwhile.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Cork(Arc<Mutex<()>>);
 

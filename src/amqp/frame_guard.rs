@@ -149,6 +149,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
 
 impl<S: AsyncWrite + Unpin> Guarded<S> {
     fn writable(&mut self, cx: &Context<'_>) -> io::Result<Pin<&mut S>> {
+        self.cork.wait_until_out();
         self.lifeline.check_writer(cx)?;
         Ok(Pin::new(&mut self.stream))
     }
@@ -156,7 +157,6 @@ impl<S: AsyncWrite + Unpin> Guarded<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.cork.wait_until_out();
         self.writable(cx)?.poll_write(cx, bytes)
     }
 
@@ -165,7 +165,6 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         cx: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.cork.wait_until_out();
         self.writable(cx)?.poll_write_vectored(cx, parts)
     }
 

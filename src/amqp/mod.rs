@@ -2,7 +2,8 @@
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
-//! ends one for good. Nothing here decides what becomes of a message.
+//! ends one for good. Nothing here decides what becomes of a message. `requester` and `wire` are the other side: one request,
+//! and very many.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
@@ -16,6 +17,7 @@ mod lifeline;
 pub mod publisher;
 pub mod requester;
 pub mod topology;
+pub mod wire;
 
 use std::fmt;
 use std::future::Future;

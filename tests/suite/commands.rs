@@ -195,7 +195,7 @@ async fn a_wrong_setting_ends_every_command_with_2_and_one_line_before_any_conne
     ];
     for (key, value) in wrong {
         let settings = [("amqp.url", &*amqp), ("redis.url", &redis), (key, value)];
-        for command in [&["worker"][..], &["check"], &["send", "-"]] {
+        for command in [&["worker"][..], &["check"], &["send", "-"], &["bench"]] {
             let ended = space.run(command, &settings, "{}").await;
             assert_eq!((ended.code, &*ended.stdout), (Some(2), ""), "{command:?} {key}");
             assert_is_one_line_about(key, &ended.stderr);
