@@ -4,6 +4,7 @@
 //! among processes, and what guards the records in Redis does not ask who runs beside whom.
 
 use std::future::Future;
+use std::iter;
 use std::pin::{Pin, pin};
 use std::thread;
 
@@ -25,11 +26,18 @@ type Lane<'a> = Pin<Box<dyn Future<Output = Result<(), RunError>> + Send + 'a>>;
 pub async fn run(settings: &Settings, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
     let (stop, told_to_stop) = watch::channel(false);
     // The first lane has this thread.
-    let mut lanes: FuturesUnordered<Lane<'_>> = FuturesUnordered::new();
-    lanes.push(Box::pin(supervise(settings, told_to_stop.clone())));
-    for number in 2..=settings.worker.lanes {
-        lanes.push(Box::pin(lane_of_its_own(number, settings.clone(), told_to_stop.clone())));
-    }
+    let first: Lane<'_> = Box::pin(supervise(settings, told_to_stop.clone()));
+    let others = (2..=settings.worker.lanes)
+        .map(|number| Box::pin(lane_of_its_own(number, settings.clone(), told_to_stop.clone())) as Lane<'_>);
+    all(iter::once(first).chain(others).collect(), &stop, shutdown).await
+}
+
+/// Waits until all lanes have ended, and has them stop when `shutdown` ends or one of them fails.
+async fn all(
+    mut lanes: FuturesUnordered<Lane<'_>>,
+    stop: &watch::Sender<bool>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
     let mut shutdown = pin!(shutdown);
     let mut result = Ok(());
     let mut is_told = false;
@@ -83,6 +91,20 @@ fn graver(before: Result<(), RunError>, error: RunError) -> RunError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    #[tokio::test]
+    async fn a_lane_that_cannot_go_on_ends_the_others() {
+        let (stop, mut told_to_stop) = watch::channel(false);
+        let fails: Lane<'_> = Box::pin(async { Err(RunError::Panic) });
+        let works: Lane<'_> = Box::pin(async move {
+            told_to_stop.wait_for(|stop| *stop).await.unwrap();
+            Err(RunError::NotDrained { left: 1 })
+        });
+        let ended = all([works, fails].into_iter().collect(), &stop, std::future::pending());
+        let ended = tokio::time::timeout(Duration::from_secs(10), ended).await.expect("the other was told to stop");
+        assert!(matches!(ended, Err(RunError::Panic)), "{ended:?}");
+    }
 
     #[test]
     fn what_only_a_person_can_mend_is_told_before_what_was_left() {

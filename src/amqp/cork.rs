@@ -1,9 +1,9 @@
 //! Keeps together what is published together.
 //!
 //! lapin's thread writes to the socket whatever it finds, as soon as it finds something: of a batch of replies it would
-//! send the first alone, and the rest in pieces as they come. Each piece costs a system call here, and the broker a turn.
-//! Meanwhile that thread and the one that publishes would fight over the locks of lapin's queues, frame by frame. So it is
-//! made to wait where it begins: lapin flushes before it looks for something to write.
+//! send the first alone, and the rest in pieces as they come. Each piece costs a system call here, and the broker a
+//! turn. Meanwhile that thread and the one that publishes would fight over the locks of lapin's queues, frame by frame.
+//! So it is made to wait where it begins: lapin flushes before it looks for something to write.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

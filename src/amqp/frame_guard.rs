@@ -106,7 +106,8 @@ impl Reactor for GuardedTokio {
 }
 
 /// A stream of AMQP frames whose reader meets no content header that it could not read and no message that its
-/// [`Allowance`] does not cover, that waits with writing while its [`Cork`] is in, and ends when its [`Lifeline`] is severed.
+/// [`Allowance`] does not cover, that waits with writing while its [`Cork`] is in, and ends when its [`Lifeline`] is
+/// severed.
 pub(super) struct Guarded<S> {
     stream: S,
     lifeline: Lifeline,

@@ -2,8 +2,8 @@
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
-//! ends one for good. Nothing here decides what becomes of a message. `requester` and `wire` are the other side: one request,
-//! and very many.
+//! ends one for good, `cork` keeps a batch of replies in one write. Nothing here decides what becomes of a message.
+//! `requester` and `wire` are the other side: one request, and very many.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
@@ -174,8 +174,8 @@ impl Broker {
     pub async fn open(&mut self, settings: &Settings) -> Result<Endpoints, TopologyError> {
         let Self { consuming, publishing, allowance, valve } = self;
         let valve_of_worker = Valve(valve.subscribe());
-        let (consuming_link, publishing_link) = (&consuming.connection, (&publishing.connection, &publishing.cork));
-        let opened = endpoints(consuming_link, allowance, publishing_link, valve_of_worker, settings);
+        let (connection, cork) = (&publishing.connection, &publishing.cork);
+        let opened = endpoints(&consuming.connection, allowance, connection, cork, valve_of_worker, settings);
         // What the broker said before it confirmed something is known before that confirmation is acted on.
         tokio::select! {
             biased;
@@ -198,7 +198,8 @@ impl Broker {
 async fn endpoints(
     consuming: &Connection,
     allowance: &Allowance,
-    (publishing, cork): (&Connection, &Cork),
+    publishing: &Connection,
+    cork: &Cork,
     mut valve: Valve,
     settings: &Settings,
 ) -> Result<Endpoints, TopologyError> {

@@ -3,8 +3,8 @@
 //! Why not lapin: a load generator must cost less than what it measures. lapin's threads alone take some 8 µs of a
 //! worker's CPU a request, its calls come on top of that, and a client made of it would be a good part of what is
 //! measured on a machine that both share. Here many requests are one write, all replies that have arrived are one read,
-//! and a reply is neither copied nor allocated for: 3.9 µs a request of the published example, with 256 of them on their
-//! way, beside a worker that took 32 (`make bench`, two cores for all four programs).
+//! and a reply is neither copied nor allocated for: 3.6 µs a request of the published example, with 256 of them on
+//! their way, beside a worker that took 23.5 (`make bench`, two cores for all four programs).
 //!
 //! One connection has one channel, one queue to publish to and one queue of replies. It is read by one thread and
 //! written to by another. Heartbeats are off: whoever waits here has a limit for that.

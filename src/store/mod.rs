@@ -127,8 +127,7 @@ impl Store {
             Ok(connection)
         });
         let connection = connected.await.map_err(|_| self.silent(CONNECT_LIMIT))?;
-        let connection = connection.map_err(|error| unavailable(&self.address, &error))?;
-        self.connection = Some(connection);
+        self.connection = Some(connection.map_err(|error| unavailable(&self.address, &error))?);
         Ok(())
     }
 

@@ -37,6 +37,9 @@ impl<'a> Call<'a> {
 
     /// `EVALSHA` or `EVAL`, as `how` says, of the script whose hash or text is `script`. `now` is the worker's clock.
     pub fn command(&self, how: &str, script: &str, on_found: OnFound, now: &str) -> Cmd {
+        /// Room for most entries: the command of a larger one grows.
+        const ARGUMENTS: usize = 32;
+        const BYTES: usize = 2048;
         let Entry { service, state, task, associate_state_task } = self.entry;
         let associates = *associate_state_task && task.is_some();
         let objects = [
@@ -49,8 +52,7 @@ impl<'a> Call<'a> {
                 now,
             }),
         ];
-        let (arguments, bytes) = self.size(script, objects.iter().flatten());
-        let mut command = Cmd::with_capacity(arguments, bytes);
+        let mut command = Cmd::with_capacity(ARGUMENTS, BYTES);
         command.arg(how).arg(script).arg(3).arg(&self.keys.sequence).arg(&self.keys.ids).arg(&self.keys.tree);
         command.arg(self.bucket);
         write(&mut command, |argument| write!(argument, "{}", self.token));
@@ -63,17 +65,6 @@ impl<'a> Call<'a> {
             object.push_onto(&mut command);
         }
         command
-    }
-
-    /// How many arguments the command has, and about how many bytes, so that it is written without being moved.
-    fn size<'o>(&self, script: &str, objects: impl Iterator<Item = &'o Object<'o>>) -> (usize, usize) {
-        const FIXED_ARGUMENTS: usize = 11;
-        const FIXED_BYTES: usize = 128;
-        let Keys { sequence, ids, tree } = &self.keys;
-        let fixed_bytes = FIXED_BYTES + script.len() + sequence.len() + ids.len() + tree.len();
-        objects.fold((FIXED_ARGUMENTS, fixed_bytes), |(arguments, bytes), object| {
-            (arguments + 3 + 2 * object.event.data.len(), bytes + object.bytes())
-        })
     }
 }
 
@@ -114,15 +105,6 @@ impl Object<'_> {
             write(&[",\"", name, "\":", json])?;
         }
         write(&["}}"])
-    }
-
-    /// About how many bytes it adds.
-    fn bytes(&self) -> usize {
-        const FIXED_BYTES: usize = 96;
-        let Event { type_name, type_json, start, fields, data, .. } = self.event;
-        let fields = fields.iter().chain(start).map(|(name, json)| name.len() + json.len() + 4);
-        let data = data.iter().map(|(key, json)| key.len() + json.len());
-        FIXED_BYTES + type_name.len() + type_json.len() + fields.chain(data).sum::<usize>()
     }
 }
 

@@ -1,7 +1,5 @@
 //! `bench`: what it counts, and that nothing wrong escapes it. Nothing here depends on how fast anything is.
 
-use std::time::Duration;
-
 use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
@@ -9,6 +7,7 @@ use lapin::{BasicProperties, Channel};
 use serde_json::Value;
 
 use crate::harness::{Ended, Space, channel, soon};
+use crate::lifecycle::in_the_store;
 
 /// Long enough for some answers.
 const SHORT: [&str; 4] = ["--json", "--seconds=0.4", "--warm-up=0.1", "--identities=50"];
@@ -150,7 +149,8 @@ async fn a_signal_ends_it_and_what_was_measured_is_told() {
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // More than are on their way at once: some have been answered.
+    in_the_store(&space, 1000).await;
     let told = std::process::Command::new("kill").args(["-s", "INT", &program.id().to_string()]).status().unwrap();
     assert!(told.success());
     let ended = soon("its end", tokio::task::spawn_blocking(|| program.wait_with_output().unwrap())).await.unwrap();

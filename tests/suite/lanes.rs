@@ -21,9 +21,8 @@ async fn lanes_share_the_queue_and_drain_together() {
 }
 
 #[tokio::test]
-async fn a_lane_that_cannot_go_on_ends_the_others() {
+async fn lanes_without_their_queues_end_the_process_with_the_reason() {
     let space = Space::new();
-    // Without the queues each lane ends at once, and the process with the reason.
     let mut worker = space.start_worker(&[("worker.lanes", "2"), ("amqp.declare", "false")]);
     assert_eq!(worker.ended().await.code(), Some(1), "{}", worker.log());
     assert!(worker.log().contains("amqp.declare"), "{}", worker.log());

@@ -22,12 +22,12 @@ async fn left_in_queue(client: &Client, space: &Space, left: usize) {
     eventually(&what, async || (client.count(&space.queue).await == u32::try_from(left).unwrap()).then_some(())).await;
 }
 
-/// Waits until there is a service in the store, whether or not the worker knows.
-async fn in_the_store(space: &Space) {
+/// Waits until there are so many services in the store, whether or not the worker knows.
+pub(crate) async fn in_the_store(space: &Space, count: usize) {
     let (mut redis, pattern) = (space.redis().await, format!("{}:*:tree:*", space.key_prefix));
-    eventually("a service in the store", async || {
+    eventually("services in the store", async || {
         let keys: Vec<String> = redis::cmd("KEYS").arg(&pattern).query_async(&mut redis).await.unwrap();
-        keys.first().map(drop)
+        (keys.len() >= count).then_some(())
     })
     .await;
 }
@@ -37,7 +37,7 @@ async fn start_behind_one(space: &Space, mut requests: Vec<Asked>, held_by: &Pro
     held_by.hold_answers();
     let others = requests.split_off(1);
     let mut load = Load::start(space, requests).await;
-    in_the_store(space).await;
+    in_the_store(space, 1).await;
     load.send(others).await;
     load
 }
@@ -192,7 +192,7 @@ async fn killed_between_the_stores_work_and_the_reply_a_request_is_answered_as_c
     let mut first = space.worker_with(&[("redis.url", &store.url())]).await;
     store.hold_answers();
     let load = Load::start(&space, vec![Asked::new("C1", "new", "call")]).await;
-    in_the_store(&space).await;
+    in_the_store(&space, 1).await;
     first.signal("KILL");
     first.ended().await;
     let mut second = space.worker().await;

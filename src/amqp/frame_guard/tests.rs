@@ -440,3 +440,44 @@ fn messages_beyond_the_allowance_are_read_when_those_before_them_are_done_with()
         assert_eq!(read, bytes);
     }
 }
+
+/// Tells when it is written to or flushed.
+struct Telling(std::sync::mpsc::Sender<&'static str>);
+
+impl AsyncWrite for Telling {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.0.send("written").unwrap();
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.send("flushed").unwrap();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[test]
+fn nothing_is_flushed_or_written_while_the_cork_is_in() {
+    const SILENCE: Duration = Duration::from_millis(50);
+    for told in ["flushed", "written"] {
+        let (tell, tells) = std::sync::mpsc::channel();
+        let cork = Cork::default();
+        let mut guarded = Guarded::new(Telling(tell), Lifeline::default(), cork.clone(), Allowance::unlimited());
+        let put_in = cork.put_in();
+        let writing = std::thread::spawn(move || {
+            let (guarded, mut cx) = (Pin::new(&mut guarded), Context::from_waker(noop_waker_ref()));
+            match told {
+                "flushed" => guarded.poll_flush(&mut cx).is_ready(),
+                _ => guarded.poll_write(&mut cx, b"frames").is_ready(),
+            }
+        });
+        assert!(tells.recv_timeout(SILENCE).is_err(), "{told}");
+        drop(put_in);
+        assert_eq!(tells.recv(), Ok(told));
+        assert!(writing.join().unwrap());
+    }
+}
