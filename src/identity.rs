@@ -8,10 +8,11 @@
 //! - the **token** of an entry of a request, by which an object remembers who created it.
 
 use std::borrow::Cow;
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
+use crate::escape::escaped;
 use crate::request::{Message, Service, Tenant};
 
 /// Buckets over which services are spread; also the number of slots of a Redis cluster.
@@ -40,7 +41,7 @@ impl Identity {
             if index > 0 {
                 text.push('/');
             }
-            push_escaped(&mut text, part);
+            text.push_str(&escaped(part, b"/"));
         }
         Self(text)
     }
@@ -53,21 +54,6 @@ impl Identity {
     /// Where the service lives: 0 to 16383.
     pub fn bucket(&self) -> u16 {
         u16::try_from(xxh3_64(self.0.as_bytes()) % BUCKETS).expect("a remainder of 16384 fits")
-    }
-}
-
-fn push_escaped(text: &mut String, part: &str) {
-    let is_special = |byte: u8| matches!(byte, b'/' | b'%' | 0x7f) || byte < 0x20;
-    if !part.bytes().any(is_special) {
-        return text.push_str(part);
-    }
-    for character in part.chars() {
-        match u8::try_from(character) {
-            Ok(byte) if is_special(byte) => {
-                write!(text, "%{byte:02X}").expect("writing to a String does not fail");
-            }
-            _ => text.push(character),
-        }
     }
 }
 

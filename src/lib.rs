@@ -22,6 +22,7 @@
 pub mod amqp;
 mod clock;
 pub mod command;
+mod escape;
 mod fault;
 pub mod identity;
 pub mod lanes;

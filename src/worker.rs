@@ -170,7 +170,7 @@ impl<'a> Answering<'a> {
         let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
         let outcomes = self.outcomes(requests).await?;
         fault::reached(Point::ScriptAnswered).await;
-        let published = self.end_all(batch, outcomes);
+        let published = self.end_all(&batch, outcomes);
         fault::reached(Point::ReplyPublished).await;
         Ok(published)
     }
@@ -239,7 +239,7 @@ impl<'a> Answering<'a> {
 
     /// One result an entry, in order.
     async fn find_or_create(&mut self, requests: &[&Parsed<'_>]) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
-        let mut calls = Vec::with_capacity(requests.len());
+        let mut calls = Vec::with_capacity(requests.iter().map(|parsed| parsed.request.entries.len()).sum());
         for (index, Parsed { request, digest, body }) in requests.iter().enumerate() {
             fault::strike(Point::ScriptSent, body);
             for (position, entry) in request.entries.iter().enumerate() {
@@ -279,9 +279,9 @@ impl<'a> Answering<'a> {
         }
     }
 
-    fn end_all(&self, batch: Vec<Delivery>, outcomes: Vec<Outcome>) -> Vec<PublishedRequest<'a>> {
+    fn end_all(&self, batch: &[Delivery], outcomes: Vec<Outcome>) -> Vec<PublishedRequest<'a>> {
         let _together = self.publisher.together();
-        batch.into_iter().zip(outcomes).map(|(delivery, outcome)| self.end(&delivery, outcome)).collect()
+        batch.iter().zip(outcomes).map(|(delivery, outcome)| self.end(delivery, outcome)).collect()
     }
 
     /// What becomes of a request when it has an outcome. A panic on the way makes it one that failed.

@@ -4,11 +4,10 @@
 //! so a reply that nobody took must not look like a dead letter that nobody took. One task publishes, since lapin
 //! numbers confirms and queues frames under two locks.
 
-use std::future::Future;
 use std::pin::Pin;
 
 use futures_util::FutureExt;
-use futures_util::future::{MaybeDone, maybe_done};
+use futures_util::future::{BoxFuture, MaybeDone, maybe_done};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
@@ -41,8 +40,9 @@ pub enum Fate {
     Nacked,
 }
 
-/// A publication under way: its frames are queued for sending; it ends with the broker's word.
-pub struct Publication<'a>(MaybeDone<Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send + 'a>>>);
+/// A publication under way: its frames are queued for sending; it ends with the broker's word. Small, since it is moved
+/// for each reply: lapin's own word has room for a whole returned message.
+pub struct Publication<'a>(MaybeDone<BoxFuture<'a, Result<Fate, BrokerError>>>);
 
 impl Publication<'_> {
     /// Waits for the broker's word. The caller sets the limit.
@@ -53,13 +53,17 @@ impl Publication<'_> {
     /// Waits for the broker's word, and tells it. The caller sets the limit.
     pub async fn fate(mut self) -> Result<Fate, BrokerError> {
         self.heard().await;
-        match Pin::new(&mut self.0).take_output().expect("it was heard, and is told once") {
-            Ok(Confirmation::Ack(None)) => Ok(Fate::Confirmed),
-            Ok(Confirmation::Ack(Some(_))) => Ok(Fate::Returned),
-            Ok(Confirmation::Nack(_)) => Ok(Fate::Nacked),
-            Ok(Confirmation::NotRequested) => Err(BrokerError::other("publish", "the channel gives no confirms")),
-            Err(error) => Err(BrokerError::new("publish", error)),
-        }
+        Pin::new(&mut self.0).take_output().expect("it was heard, and is told once")
+    }
+}
+
+fn fate(word: lapin::Result<Confirmation>) -> Result<Fate, BrokerError> {
+    match word {
+        Ok(Confirmation::Ack(None)) => Ok(Fate::Confirmed),
+        Ok(Confirmation::Ack(Some(_))) => Ok(Fate::Returned),
+        Ok(Confirmation::Nack(_)) => Ok(Fate::Nacked),
+        Ok(Confirmation::NotRequested) => Err(BrokerError::other("publish", "the channel gives no confirms")),
+        Err(error) => Err(BrokerError::new("publish", error)),
     }
 }
 
@@ -174,8 +178,12 @@ fn publish(
     properties: BasicProperties,
 ) -> Publication<'_> {
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let published =
-        async move { channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await };
+    let published = async move {
+        match channel.basic_publish(exchange, routing_key, options, &body, properties).await {
+            Ok(confirm) => fate(confirm.await),
+            Err(error) => fate(Err(error)),
+        }
+    };
     let mut publication = Publication(maybe_done(Box::pin(published)));
     let _ = publication.heard().now_or_never();
     publication

@@ -4,10 +4,12 @@
 //! identity and at most one active state and task per type in it, whatever runs beside it and whatever dies. The call
 //! may be repeated at will: the same token gets the same answer.
 //!
-//! `keys` names the keys, `script` holds the script's text and arguments, `lua/find_or_create.lua` is the script.
+//! `keys` names the keys, `script` holds the script's text and arguments, `lua/find_or_create.lua` is the script, `tree`
+//! reads what it wrote.
 
 pub mod keys;
 pub mod script;
+pub mod tree;
 
 use std::collections::HashMap;
 use std::time::Duration;

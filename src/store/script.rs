@@ -1,9 +1,11 @@
 //! The script: its text, its arguments, and what it answers.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 
 use redis::{Cmd, RedisWrite, Value};
 
+use crate::escape::escaped;
 use crate::identity::{Identity, Token};
 use crate::request::{Entry, Event, Tenant};
 use crate::settings::OnFound;
@@ -17,7 +19,6 @@ pub const FIND_OR_CREATE: &str = include_str!("lua/find_or_create.lua");
 #[derive(Debug)]
 pub struct Call<'a> {
     keys: Keys,
-    bucket: u16,
     token: Token,
     entry: &'a Entry<'a>,
 }
@@ -26,8 +27,7 @@ impl<'a> Call<'a> {
     /// The call for `entry` of a request of `tenant`, whose keys begin with `prefix`.
     pub fn new(prefix: &str, tenant: &Tenant<'_>, entry: &'a Entry<'a>, token: Token) -> Self {
         let identity = Identity::new(tenant, &entry.service);
-        let bucket = identity.bucket();
-        Self { keys: Keys::new(prefix, &identity), bucket, token, entry }
+        Self { keys: Keys::new(prefix, &identity), token, entry }
     }
 
     /// The key of the tree the entry works on.
@@ -38,31 +38,37 @@ impl<'a> Call<'a> {
     /// `EVALSHA` or `EVAL`, as `how` says, of the script whose hash or text is `script`. `now` is the worker's clock.
     pub fn command(&self, how: &str, script: &str, on_found: OnFound, now: &str) -> Cmd {
         /// Room for most entries: the command of a larger one grows.
-        const ARGUMENTS: usize = 32;
+        const ARGUMENTS: usize = 24;
         const BYTES: usize = 2048;
         let Entry { service, state, task, associate_state_task } = self.entry;
-        let associates = *associate_state_task && task.is_some();
         let objects = [
-            Some(Object { at: ["service", ""], event: &service.event, without_state_id: false, now }),
-            Some(Object { at: ["state:", &state.type_name], event: state, without_state_id: false, now }),
-            task.as_ref().map(|event| Object {
-                at: ["task:", &event.type_name],
-                event,
-                without_state_id: associates,
-                now,
-            }),
+            Some(Object::new("service", "", &service.event)),
+            Some(Object::new("state:", &state.type_name, state)),
+            task.as_ref().map(|task| Object::new("task:", &task.type_name, task)),
         ];
         let mut command = Cmd::with_capacity(ARGUMENTS, BYTES);
         command.arg(how).arg(script).arg(3).arg(&self.keys.sequence).arg(&self.keys.ids).arg(&self.keys.tree);
-        command.arg(self.bucket);
         write(&mut command, |argument| write!(argument, "{}", self.token));
         command.arg(now).arg(match on_found {
             OnFound::Merge => "merge",
             OnFound::Keep => "keep",
         });
-        command.arg(u8::from(associates));
+        command.arg(match (task, associate_state_task) {
+            (None, _) => "none",
+            (Some(_), false) => "alone",
+            (Some(_), true) => "associated",
+        });
         for object in objects.iter().flatten() {
-            object.push_onto(&mut command);
+            // An association decides a task's state, whatever the task itself names.
+            let without = associate_state_task.then_some("state_id");
+            write(&mut command, |argument| object.write_at(argument));
+            write(&mut command, |argument| object.write_record(argument, now, without));
+        }
+        for object in objects.iter().flatten() {
+            for (key, json) in &object.event.data {
+                write(&mut command, |argument| object.write_name(argument, key));
+                command.arg(*json);
+            }
         }
         command
     }
@@ -70,36 +76,40 @@ impl<'a> Call<'a> {
 
 /// One object of the entry, as the script takes it.
 struct Object<'a> {
-    /// Where it is pointed at, in two parts.
-    at: [&'a str; 2],
+    /// Where it is pointed at: the kind, and the type so that it holds no `/`.
+    at: (&'static str, Cow<'a, str>),
     event: &'a Event<'a>,
-    /// An association decides a task's state, whatever the task itself names.
-    without_state_id: bool,
-    now: &'a str,
 }
 
-impl Object<'_> {
-    fn push_onto(&self, command: &mut Cmd) {
-        write(command, |argument| self.at.iter().try_for_each(|part| argument.write_all(part.as_bytes())));
-        write(command, |argument| self.write_record(argument));
-        command.arg(self.event.data.len());
-        for (key, json) in &self.event.data {
-            command.arg(&**key).arg(*json);
-        }
+impl<'a> Object<'a> {
+    fn new(kind: &'static str, type_name: &'a str, event: &'a Event<'a>) -> Self {
+        Self { at: (kind, escaped(type_name, b"/")), event }
+    }
+
+    fn write_at(&self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(self.at.0.as_bytes())?;
+        out.write_all(self.at.1.as_bytes())
+    }
+
+    /// The name of the field that holds attached data.
+    fn write_name(&self, out: &mut dyn Write, key: &str) -> io::Result<()> {
+        self.write_at(out)?;
+        out.write_all(b"/")?;
+        out.write_all(key.as_bytes())
     }
 
     /// What never changes, as JSON: `{"type":…,"customer_id":…,"started":{"timestamp":"…","interaction_id":…}}`, the
     /// values as they were sent.
-    fn write_record(&self, out: &mut dyn Write) -> io::Result<()> {
+    fn write_record(&self, out: &mut dyn Write, now: &str, without: Option<&str>) -> io::Result<()> {
         let Event { type_json, timestamp, start, fields, .. } = self.event;
         let mut write = |parts: &[&str]| parts.iter().try_for_each(|part| out.write_all(part.as_bytes()));
         write(&["{\"type\":", type_json])?;
-        for (name, json) in fields.iter().filter(|(name, _)| !(self.without_state_id && *name == "state_id")) {
+        for (name, json) in fields.iter().filter(|(name, _)| Some(*name) != without) {
             write(&[",\"", name, "\":", json])?;
         }
         match timestamp {
             Some(timestamp) => write(&[",\"started\":{\"timestamp\":", timestamp])?,
-            None => write(&[",\"started\":{\"timestamp\":\"", self.now, "\""])?,
+            None => write(&[",\"started\":{\"timestamp\":\"", now, "\""])?,
         }
         for (name, json) in start {
             write(&[",\"", name, "\":", json])?;
@@ -152,11 +162,11 @@ mod tests {
         let body: String = FIND_OR_CREATE.lines().skip_while(is_header).flat_map(|line| [line, "\n"]).collect();
         assert_eq!(slots(&header, "KEYS"), slots(&body, "KEYS"));
 
-        assert_eq!(slots(&header, "ARGV"), slots(&body, "ARGV"));
-
-        // The objects follow: the header tells where the first begins, and in what order each has its arguments.
-        assert!(header.contains("ARGV[6..]") && body.contains("local service = 6\n"));
-        assert!(header.contains("at, record, number of data, key, JSON, key, JSON, ..."));
+        // From 5 on the objects follow: the header tells where the first begins, and in what order each has its arguments.
+        let fixed: BTreeSet<_> = slots(&body, "ARGV").into_iter().filter(|slot| *slot < 5).collect();
+        assert_eq!(slots(&header, "ARGV"), fixed);
+        assert!(header.contains("ARGV[5..]") && body.contains("local writes, from = ARGV, 5\n"));
+        assert!(header.contains("at, record\n") && header.contains("name, JSON\n"));
     }
 
     #[test]

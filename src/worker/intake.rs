@@ -85,11 +85,9 @@ impl<'a> Intake<'a> {
             }
             let Some(arrived) = self.arrived().await? else { return self.ended() };
             self.in_hand.add(arrived.len());
-            let (suspects, harmless): (Vec<_>, _) =
-                arrived.into_iter().partition(|one: &Delivery| one.returns() > HARMLESS_RETURNS);
-            taken.set_aside.extend(suspects.iter().map(Delivery::tag));
-            taken.requests = harmless;
-            self.suspects.extend(suspects);
+            taken.requests = arrived;
+            let suspects = taken.requests.extract_if(.., |one| one.returns() > HARMLESS_RETURNS);
+            self.suspects.extend(suspects.inspect(|suspect| taken.set_aside.push(suspect.tag())));
             self.suspects_turn = true;
         }
         Ok(Some(taken))

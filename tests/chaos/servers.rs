@@ -1,9 +1,10 @@
 //! The two servers: taken down and brought back, told what to do, and looked into.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::Duration;
 
+use composite_start::store::tree;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
@@ -195,24 +196,18 @@ fn read_ids(hash: &BTreeMap<String, String>, history: &mut History) -> Option<()
     Some(())
 }
 
-/// The pointers of a tree, and which requests left their mark on what they point at.
-fn read_tree(customer: u32, hash: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
-    let mut marks: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
-    for name in hash.keys() {
-        if let Some((id, request)) = name.split_once(".r") {
-            marks.entry(id.parse().ok()?).or_default().insert(request.parse().ok()?);
-        }
-    }
-    for (name, value) in hash.iter().filter(|(name, _)| !name.starts_with(|first: char| first.is_ascii_digit())) {
-        let part = match name.split_once(':') {
-            None if name == "service" => Part::Service,
+/// The objects of a tree, and which requests left their mark on them.
+fn read_tree(customer: u32, fields: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
+    for tree::Object { at, id, data, .. } in tree::read(fields)? {
+        let part = match at.split_once(':') {
+            None if at == "service" => Part::Service,
             Some(("state", state)) => Part::State(state.strip_prefix('s')?.parse().ok()?),
             Some(("task", task)) => Part::Task(task.strip_prefix('t')?.parse().ok()?),
             _ => return None,
         };
-        let id = value.split_once(':')?.0.parse().ok()?;
-        let marks = marks.remove(&id).unwrap_or_default();
+        let marks =
+            data.keys().filter_map(|key| key.strip_prefix('r')).map(str::parse).collect::<Result<_, _>>().ok()?;
         history.stored.push(Stored { object: Object { customer, part }, id, marks });
     }
-    marks.is_empty().then_some(())
+    Some(())
 }

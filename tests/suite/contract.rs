@@ -35,7 +35,7 @@ async fn tree_keys(space: &Space) -> Vec<String> {
 async fn only_tree(space: &Space) -> BTreeMap<String, String> {
     let keys = tree_keys(space).await;
     let [key] = &keys[..] else { panic!("{keys:?}") };
-    unfolded(soon("HGETALL", redis::cmd("HGETALL").arg(key).query_async(&mut space.redis().await)).await.unwrap())
+    unfolded(&soon("HGETALL", redis::cmd("HGETALL").arg(key).query_async(&mut space.redis().await)).await.unwrap())
 }
 
 fn named(client: &mut Client, message_id: &str, body: &str) -> Outgoing {

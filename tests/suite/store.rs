@@ -9,7 +9,7 @@ use composite_start::request::{Header, Message, Request};
 use composite_start::settings::{Limits, OnFound, Redis as RedisSettings};
 use composite_start::store::keys::Keys;
 use composite_start::store::script::{Call, FIND_OR_CREATE};
-use composite_start::store::{EntryFailure, Found, Object, Store, Unavailable};
+use composite_start::store::{EntryFailure, Found, Object, Store, Unavailable, tree};
 use redis::aio::MultiplexedConnection;
 use serde_json::value::RawValue;
 
@@ -133,7 +133,7 @@ impl Contents {
                 }
                 ("ids", "") => drop(contents.ids.insert(bucket, fields(redis, &key).await)),
                 ("tree", identity) => {
-                    contents.trees.insert((bucket, identity.to_owned()), unfolded(fields(redis, &key).await));
+                    contents.trees.insert((bucket, identity.to_owned()), unfolded(&fields(redis, &key).await));
                 }
                 other => panic!("a key of no known kind: {other:?}"),
             }
@@ -148,19 +148,16 @@ async fn fields(redis: &mut MultiplexedConnection, key: &str) -> BTreeMap<String
 
 /// A tree with an entry for each field of its objects: `<id>.type`, `<id>.started` and the like of its record,
 /// `<id>.updated` and `<id>.data.<key>`; a pointer is `<id>:<token>`.
-pub(crate) fn unfolded(tree: BTreeMap<String, String>) -> BTreeMap<String, String> {
+pub(crate) fn unfolded(fields: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let mut unfolded = BTreeMap::new();
-    for (field, value) in tree {
-        if let Some((id, key)) = field.split_once('.').filter(|(id, _)| id.parse::<u64>().is_ok()) {
-            unfolded.insert(format!("{id}.data.{key}"), value);
-        } else if field.parse::<u64>().is_ok() {
-            let record: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&value).unwrap();
-            unfolded.extend(record.into_iter().map(|(name, json)| (format!("{field}.{name}"), json.get().to_owned())));
-        } else {
-            let [id, token, updated] = *value.splitn(3, ':').collect::<Vec<_>>() else { panic!("{field}: {value}") };
-            unfolded.insert(format!("{id}.updated"), format!("\"{updated}\""));
-            unfolded.insert(field, format!("{id}:{token}"));
-        }
+    for tree::Object { at, id, token, updated, record, data } in
+        tree::read(fields).unwrap_or_else(|| panic!("{fields:?}"))
+    {
+        let record: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&record).unwrap();
+        unfolded.extend(record.into_iter().map(|(name, json)| (format!("{id}.{name}"), json.get().to_owned())));
+        unfolded.extend(data.into_iter().map(|(key, json)| (format!("{id}.data.{key}"), json)));
+        unfolded.insert(format!("{id}.updated"), format!("\"{updated}\""));
+        unfolded.insert(at, format!("{id}:{token}"));
     }
     unfolded
 }
@@ -273,6 +270,42 @@ async fn a_repeat_is_told_created_again_and_does_not_merge_again() {
     assert_eq!(tree[&format!("{}.data.a", first.service.id)], r#""later""#);
     let other_body = Asked { body: format!(" {}", creating.body), ..creating };
     assert_eq!(created(&found_one(&mut store, &other_body).await), [false, false], "the name over another body");
+}
+
+#[tokio::test]
+async fn what_is_found_is_kept_beside_what_is_created() {
+    let space = Space::new();
+    let mut store = store(&redis_url(), &space.key_prefix, OnFound::Keep);
+    let with = |state: &str, value: u8| {
+        format!(
+            r#"{{"service":{{"customer_id":"C1","service_type":1,"a":{value}}},"state":{{"state_type":"{state}","a":{value}}}}}"#
+        )
+    };
+    let first = found_one(&mut store, &Asked::new("a", body(&[with("x", 1)]))).await;
+    let second = found_one(&mut store, &Asked::new("b", body(&[with("y", 2)]))).await;
+    let tree = only_tree(&space).await;
+    let ids = [first.service.id, first.state.id, second.state.id];
+    assert_eq!(ids.map(|id| &*tree[&format!("{id}.data.a")]), ["1", "1", "2"]);
+}
+
+#[tokio::test]
+async fn data_of_types_that_hold_a_slash_are_kept_apart() {
+    let space = Space::new();
+    let mut store = store_of(&space);
+    let with = |state: &str, key: &str| {
+        format!(
+            r#"{{"service":{{"customer_id":"C1","service_type":1}},"state":{{"state_type":"{state}","{key}":"{state}"}}}}"#
+        )
+    };
+    let states = [("a", "b/c"), ("a/b", "c"), ("a%2Fb", "c")];
+    let asked = Asked::new("a", body(&states.map(|(state, key)| with(state, key))));
+    let found = found(&mut store, &[asked]).await;
+    let tree = only_tree(&space).await;
+    for ((state, key), answer) in states.into_iter().zip(&found) {
+        let data: Vec<_> =
+            tree.iter().filter(|(name, _)| name.starts_with(&format!("{}.data.", answer.state.id))).collect();
+        assert_eq!(data, [(&format!("{}.data.{key}", answer.state.id), &format!("\"{state}\""))]);
+    }
 }
 
 // ---- sizes and bytes
@@ -420,25 +453,18 @@ async fn a_key_of_another_type_fails_its_own_call_and_leaves_nothing_half_writte
 async fn a_pointer_that_cannot_be_read_fails_its_own_call_and_changes_nothing() {
     let space = Space::new();
     let (mut store, mut redis) = (store_of(&space), space.redis().await);
-    for pointer in [
-        "",
-        "16389",
-        "16389:aa",
-        "16389::2026",
-        ":aa:2026",
-        "-16389:aa:2026",
-        "0:aa:2026",
-        "1e3:aa:2026",
-        "16389:zz:2026",
-        "99999999999999999:aa:2026",
-    ] {
+    let behind_id = ":aaaaaaaaaaaaaaaa:2026-01-31T08:30:00.000Z";
+    let whole =
+        ["", "-16389", "0", "016389", "1e3", "99999999999999999", "16389:"].map(|id| format!("{id}{behind_id}"));
+    let cut = ["", "16389", "16389:aa:2026", &format!("16389{behind_id}1")].map(str::to_owned);
+    for pointer in [whole.as_slice(), &cut].concat() {
         for field in ["service", "state:new", "task:call"] {
             let customer = format!("{field} {pointer}");
             let tree = asked_of(&customer).keys(&space.key_prefix).tree;
-            redis::cmd("HSET").arg(&[&tree, field, pointer]).exec_async(&mut redis).await.unwrap();
+            redis::cmd("HSET").arg(&[&tree, field, &pointer]).exec_async(&mut redis).await.unwrap();
             let failure = failure_between_neighbours(&mut store, &customer).await;
             assert!(failure.to_string().starts_with("BADTREE"), "{pointer:?}: {failure}");
-            let expected = BTreeMap::from([(field.to_owned(), pointer.to_owned())]);
+            let expected = BTreeMap::from([(field.to_owned(), pointer.clone())]);
             assert_eq!(fields(&mut redis, &tree).await, expected);
         }
     }

@@ -4,19 +4,20 @@
 -- KEYS[1]   sequence   cs:{12630}:seq               string, the n of the bucket's last id
 -- KEYS[2]   ids        cs:{12630}:ids               hash, service id -> identity
 -- KEYS[3]   tree       cs:{12630}:tree:<identity>   hash, the active service with its states and tasks
--- ARGV[1]   bucket     0 to 16383; every id is n * 16384 + bucket
--- ARGV[2]   token      16 hexadecimal digits: which entry of which request this is
--- ARGV[3]   now        the worker's clock: 2026-01-31T08:30:00.000Z
--- ARGV[4]   on_found   "merge" or "keep"
--- ARGV[5]   associate  "1": a task created here records the state's id
--- ARGV[6..] the service, the state and, if the entry has one, the task, each as
---             at, record, number of data, key, JSON, key, JSON, ...
+-- ARGV[1]   token      16 hexadecimal digits: which entry of which request this is
+-- ARGV[2]   now        the worker's clock: 2026-01-31T08:30:00.000Z
+-- ARGV[3]   on_found   "merge" or "keep"
+-- ARGV[4]   task       "none", "alone", or "associated": if it is created here, it records the state's id
+-- ARGV[5..] the service, the state and, if there is one, the task, each as
+--             at, record
+--           and then the attached data of all of them, each as
+--             name, JSON
 --
--- The tree:
+-- The tree's fields:
 --   <at>         service, state:<type>, task:<type>: what is active, as <id>:<token>:<updated>. The token is that of the
 --                entry that created it, updated the time when it was last written to.
 --   <id>         the object's record, a JSON object that never changes
---   <id>.<key>   its attached data, JSON
+--   <at>/<key>   its attached data, JSON; that is the name above. In a type, / is escaped.
 -- One field for all that never changes: a field costs Redis some 60 bytes and a microsecond, whatever is in it.
 --
 -- Returns "<service_id> <created> <state_id> <created>[ <task_id> <created>]", created being 1 or 0.
@@ -28,90 +29,113 @@
 --
 -- The tree is read and checked before anything is written, and it is written last: a script that fails half way
 -- (a key of another type, for instance) costs an unused id and never leaves half a service.
+--
+-- Lua is most of what a call costs: each table that grows, each pattern with captures and each byte of a new string
+-- shows. So the arguments themselves become what is written: the pointer takes the place of the record behind its at,
+-- and from there to the end they are the fields of the tree.
 
 local SEQUENCE, IDS, TREE = KEYS[1], KEYS[2], KEYS[3]
-local bucket, token, now = ARGV[1], ARGV[2], ARGV[3]
-local merge, associate = ARGV[4] == 'merge', ARGV[5] == '1'
+local token, now = ARGV[1], ARGV[2]
+local merge, associated = ARGV[3] == 'merge', ARGV[4] == 'associated'
+-- By kind: 1 is the service, 2 the state, 3 the task. Its at is ARGV[3 + 2 * kind], its record the next.
+local kinds = ARGV[4] == 'none' and 2 or 3
+local data, last = 5 + 2 * kinds, #ARGV
 local BUCKETS = 16384
 -- The last n whose id is below 2^53: ids beyond it are rounded, and two objects would share one.
 local LAST = 2 ^ 39 - 1
+-- Of a pointer: an id has at most so many digits, behind it are so many bytes, and so many of them are the time.
+local ID, BEHIND_ID, UPDATED = 16, 42, 24
 -- Lua hands at most some 8,000 values to one call.
 local CHUNK = 4000
+local find, sub = string.find, string.sub
 
--- Where the arguments of each object begin: its name, its record, how many data, the data.
-local service = 6
-local state = service + 3 + 2 * ARGV[service + 2]
-local task = state + 3 + 2 * ARGV[state + 2]
-local starts, pointers = { service, state }, nil
-if ARGV[task] then
-  starts[3] = task
-  pointers = redis.call('HMGET', TREE, ARGV[service], ARGV[state], ARGV[task])
+local found
+if kinds == 3 then
+  found = redis.call('HMGET', TREE, ARGV[5], ARGV[7], ARGV[9])
 else
-  pointers = redis.call('HMGET', TREE, ARGV[service], ARGV[state])
+  found = redis.call('HMGET', TREE, ARGV[5], ARGV[7])
 end
 
--- By kind: 1 is the service, 2 the state, 3 the task. What this entry makes or made has its token.
-local ids, tokens = {}, {}
+local ids, created = { false, false, false }, { false, false, false }
 local missing, applied = 0, false
-for kind = 1, #starts do
-  local pointer = pointers[kind]
+for kind = 1, kinds do
+  local pointer = found[kind]
   if pointer then
-    local id, creator = string.match(pointer, '^([1-9]%d*):(%x+):')
-    if not id or #id > 16 then
-      local name = string.match(ARGV[starts[kind]], '^%a+')
+    local _, colon = find(pointer, '^[1-9]%d*:')
+    if not colon or colon > ID + 1 or #pointer ~= colon - 1 + BEHIND_ID then
+      local name = string.match(ARGV[3 + 2 * kind], '^%a+')
       return redis.error_reply('BADTREE the pointer of a ' .. name .. ' cannot be read')
     end
-    ids[kind], tokens[kind] = id, creator
-    applied = applied or creator == token
+    ids[kind] = sub(pointer, 1, colon - 1)
+    if find(pointer, token, colon, true) then
+      created[kind], applied = true, true
+    end
   else
     missing = missing + 1
   end
 end
 
-local n = 0
+local records = {}
 if missing > 0 then
-  n = redis.call('INCRBY', SEQUENCE, missing) - missing
+  local n = redis.call('INCRBY', SEQUENCE, missing) - missing
+  local bucket = string.match(SEQUENCE, '{(%d+)}:seq$')
   if n < 0 or n + missing > LAST then
     return redis.error_reply('BADSEQUENCE the sequence of bucket ' .. bucket .. ' gives no id')
   end
-end
-
-local writes, count = {}, 0
-for kind = 1, #starts do
-  local start, id = starts[kind], ids[kind]
-  local writes_data = merge and not applied
-  if not id then
-    n = n + 1
-    -- Not tostring: it rounds at 14 digits.
-    id = string.format('%.0f', n * BUCKETS + bucket)
-    ids[kind], tokens[kind] = id, token
-    local record = ARGV[start + 1]
-    if kind == 1 then
-      -- The tree's key goes on with the identity where that of the ids ends: `ids` against `tree:`.
-      redis.call('HSET', IDS, id, string.sub(TREE, #IDS + 3))
-    elseif kind == 3 and associate then
-      record = string.sub(record, 1, -2) .. ',"state_id":' .. ids[2] .. '}'
-    end
-    writes[count + 1], writes[count + 2] = id, record
-    count = count + 2
-    writes_data = true
-  end
-  if writes_data then
-    writes[count + 1], writes[count + 2] = ARGV[start], id .. ':' .. tokens[kind] .. ':' .. now
-    count = count + 2
-    for at = start + 3, start + 1 + 2 * ARGV[start + 2], 2 do
-      writes[count + 1], writes[count + 2] = id .. '.' .. ARGV[at], ARGV[at + 1]
-      count = count + 2
+  for kind = 1, kinds do
+    if not found[kind] then
+      n = n + 1
+      -- Not tostring: it rounds at 14 digits.
+      local id, record = string.format('%.0f', n * BUCKETS + bucket), ARGV[4 + 2 * kind]
+      if kind == 1 then
+        -- The tree's key goes on with the identity where that of the ids ends: `ids` against `tree:`.
+        redis.call('HSET', IDS, id, sub(TREE, #IDS + 3))
+      elseif kind == 3 and associated then
+        record = sub(record, 1, -2) .. ',"state_id":' .. ids[2] .. '}'
+      end
+      ids[kind], created[kind] = id, true
+      records[#records + 1], records[#records + 2] = id, record
+      ARGV[4 + 2 * kind] = id .. ':' .. token .. ':' .. now
     end
   end
 end
 
-for from = 1, count, CHUNK do
-  redis.call('HSET', TREE, unpack(writes, from, math.min(from + CHUNK - 1, count)))
+local writes, from = ARGV, 5
+if missing < kinds then
+  if merge and not applied then
+    for kind = 1, kinds do
+      if found[kind] then
+        ARGV[4 + 2 * kind] = sub(found[kind], 1, -UPDATED - 1) .. now
+      end
+    end
+  else
+    -- What is found is left alone.
+    writes, from, last = {}, 1, 0
+    for kind = 1, kinds do
+      if not found[kind] then
+        local at = ARGV[3 + 2 * kind]
+        writes[last + 1], writes[last + 2] = at, ARGV[4 + 2 * kind]
+        last = last + 2
+        for name = data, #ARGV, 2 do
+          if sub(ARGV[name], 1, #at + 1) == at .. '/' then
+            writes[last + 1], writes[last + 2] = ARGV[name], ARGV[name + 1]
+            last = last + 2
+          end
+        end
+      end
+    end
+  end
+end
+for of = 1, #records do
+  writes[last + of] = records[of]
+end
+last = last + #records
+for first = from, last, CHUNK do
+  redis.call('HSET', TREE, unpack(writes, first, math.min(first + CHUNK - 1, last)))
 end
 
-local answer = ids[1] .. (tokens[1] == token and ' 1 ' or ' 0 ') .. ids[2] .. (tokens[2] == token and ' 1' or ' 0')
+local answer = ids[1] .. (created[1] and ' 1 ' or ' 0 ') .. ids[2] .. (created[2] and ' 1' or ' 0')
 if ids[3] then
-  answer = answer .. ' ' .. ids[3] .. (tokens[3] == token and ' 1' or ' 0')
+  answer = answer .. ' ' .. ids[3] .. (created[3] and ' 1' or ' 0')
 end
 return answer
