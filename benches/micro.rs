@@ -97,7 +97,7 @@ fn script_arguments(bencher: Bencher<'_, '_>, name: &str) {
 #[divan::bench(args = [1, 20, 100])]
 fn reply(bencher: Bencher<'_, '_>, entries: usize) {
     let object = |id| Object { id, created: id % 2 == 0 };
-    let found = |id| Found { service: object(id), state: object(id + 1), task: Some(object(id + 2)) };
+    let found = |id| Found { service: object(id), state: object(id + 1), task: Some(object(id + 2)), is_repeat: false };
     let found: Vec<_> = (0_u64..).map(|n| found(1_000_000 + 3 * n)).take(entries).collect();
     let settings = settings().reply;
     bencher.bench(|| Reply::success(black_box(&found), &settings));

@@ -119,7 +119,7 @@ fn body(found: &[Found], flags: Flags) -> String {
     let flag = |created| if created { yes } else { no };
     let mut body = String::with_capacity(16 + found.len() * ELEMENT_BYTES);
     body.push_str("{\"services\":[");
-    for (index, Found { service, state, task }) in found.iter().enumerate() {
+    for (index, Found { service, state, task, .. }) in found.iter().enumerate() {
         let comma = if index == 0 { "" } else { "," };
         let written = write!(
             body,
@@ -148,6 +148,7 @@ mod tests {
         service: Object { id: 111_222, created: false },
         state: Object { id: 333_444, created: true },
         task: Some(Object { id: 555_666, created: true }),
+        is_repeat: false,
     };
 
     fn settings(flags: Flags) -> Settings {

@@ -404,7 +404,7 @@ mod tests {
 
     fn found(id: u64) -> Found {
         let object = Object { id, created: true };
-        Found { service: object, state: object, task: None }
+        Found { service: object, state: object, task: None, is_repeat: false }
     }
 
     #[test]

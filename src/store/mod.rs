@@ -49,6 +49,8 @@ pub struct Found {
     pub state: Object,
     /// The task in it, if the entry has one.
     pub task: Option<Object>,
+    /// Whether this same entry created any of them when it came before.
+    pub is_repeat: bool,
 }
 
 /// One object of an answer.

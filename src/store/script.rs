@@ -126,18 +126,22 @@ fn write(command: &mut Cmd, argument: impl FnOnce(&mut dyn Write) -> io::Result<
 /// Reads the script's answer; `None` is an answer it never gives.
 pub fn read_answer(answer: &Value) -> Option<Found> {
     let Value::BulkString(text) = answer else { return None };
-    let mut words = std::str::from_utf8(text).ok()?.split(' ');
-    let (service, state) = (read_object(&mut words)?, read_object(&mut words)?);
-    let mut words = words.peekable();
-    let task = if words.peek().is_some() { Some(read_object(&mut words)?) } else { None };
-    words.next().is_none().then_some(Found { service, state, task })
+    let mut words = std::str::from_utf8(text).ok()?.split(' ').peekable();
+    let mut is_repeat = false;
+    let (service, state) = (read_object(&mut words, &mut is_repeat)?, read_object(&mut words, &mut is_repeat)?);
+    let task = if words.peek().is_some() { Some(read_object(&mut words, &mut is_repeat)?) } else { None };
+    words.next().is_none().then_some(Found { service, state, task, is_repeat })
 }
 
-fn read_object<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<store::Object> {
+fn read_object<'a>(words: &mut impl Iterator<Item = &'a str>, is_repeat: &mut bool) -> Option<store::Object> {
     let id = words.next()?.parse().ok().filter(|id| *id > 0)?;
     let created = match words.next()? {
         "0" => false,
         "1" => true,
+        "2" => {
+            *is_repeat = true;
+            true
+        }
         _ => return None,
     };
     Some(store::Object { id, created })
@@ -165,7 +169,7 @@ mod tests {
         // From 5 on the objects follow: the header tells where the first begins, and in what order each has its arguments.
         let fixed: BTreeSet<_> = slots(&body, "ARGV").into_iter().filter(|slot| *slot < 5).collect();
         assert_eq!(slots(&header, "ARGV"), fixed);
-        assert!(header.contains("ARGV[5..]") && body.contains("local writes, from = ARGV, 5\n"));
+        assert!(header.contains("ARGV[5..]") && body.contains("local writes, from, records = ARGV, 5, nil\n"));
         assert!(header.contains("at, record\n") && header.contains("name, JSON\n"));
     }
 
@@ -177,12 +181,15 @@ mod tests {
         assert_eq!(found.state, store::Object { id: 6, created: false });
         assert_eq!(found.task, Some(store::Object { id: 7, created: true }));
         assert_eq!(read("5 1 6 0").unwrap().task, None);
+        assert!(!found.is_repeat);
+        let repeat = read("5 0 6 0 7 2").unwrap();
+        assert!(repeat.is_repeat && repeat.task.unwrap().created && !repeat.state.created);
         let odd = [
             "",
             "5",
             "5 1",
             "5 1 6",
-            "5 2 6 0",
+            "5 3 6 0",
             "0 1 6 0",
             "-1 1 6 0",
             "5 1 6 0 7",

@@ -102,6 +102,7 @@ mod tests {
             service: object(n, n % 2 == 0),
             state: object(ID_LIMIT - 1, true),
             task: Some(object(2, false)),
+            is_repeat: false,
         };
         let found: Vec<_> = (1..=count).map(found).collect();
         Reply::success(&found, &Settings { flags, base_uri: String::new() }).body.into_bytes()

@@ -20,7 +20,8 @@
 --   <at>/<key>   its attached data, JSON; that is the name above. In a type, / is escaped.
 -- One field for all that never changes: a field costs Redis some 60 bytes and a microsecond, whatever is in it.
 --
--- Returns "<service_id> <created> <state_id> <created>[ <task_id> <created>]", created being 1 or 0.
+-- Returns "<service_id> <created> <state_id> <created>[ <task_id> <created>]", created being 0 for what was found, 1 for
+-- what is created now, and 2 for what this same entry created when it came before.
 -- Returns the error BADTREE if a pointer cannot be read, and BADSEQUENCE if the next id would not be one: someone else
 -- wrote to the tree or to the sequence.
 --
@@ -56,7 +57,8 @@ else
   found = redis.call('HMGET', TREE, ARGV[5], ARGV[7])
 end
 
-local ids, created = { false, false, false }, { false, false, false }
+-- What there is; by kind, too. A pointer is refreshed on the way, for the case that it is written.
+local ids, created = { false, false, false }, { ' 0', ' 0', ' 0' }
 local missing, applied = 0, false
 for kind = 1, kinds do
   local pointer = found[kind]
@@ -68,20 +70,22 @@ for kind = 1, kinds do
     end
     ids[kind] = sub(pointer, 1, colon - 1)
     if find(pointer, token, colon, true) then
-      created[kind], applied = true, true
+      created[kind], applied = ' 2', true
     end
+    ARGV[4 + 2 * kind] = sub(pointer, 1, -UPDATED - 1) .. now
   else
     missing = missing + 1
   end
 end
 
-local records = {}
+local writes, from, records = ARGV, 5, nil
 if missing > 0 then
   local n = redis.call('INCRBY', SEQUENCE, missing) - missing
   local bucket = string.match(SEQUENCE, '{(%d+)}:seq$')
   if n < 0 or n + missing > LAST then
     return redis.error_reply('BADSEQUENCE the sequence of bucket ' .. bucket .. ' gives no id')
   end
+  records = {}
   for kind = 1, kinds do
     if not found[kind] then
       n = n + 1
@@ -93,49 +97,42 @@ if missing > 0 then
       elseif kind == 3 and associated then
         record = sub(record, 1, -2) .. ',"state_id":' .. ids[2] .. '}'
       end
-      ids[kind], created[kind] = id, true
+      ids[kind], created[kind] = id, ' 1'
       records[#records + 1], records[#records + 2] = id, record
       ARGV[4 + 2 * kind] = id .. ':' .. token .. ':' .. now
     end
   end
 end
 
-local writes, from = ARGV, 5
-if missing < kinds then
-  if merge and not applied then
-    for kind = 1, kinds do
-      if found[kind] then
-        ARGV[4 + 2 * kind] = sub(found[kind], 1, -UPDATED - 1) .. now
-      end
-    end
-  else
-    -- What is found is left alone.
-    writes, from, last = {}, 1, 0
-    for kind = 1, kinds do
-      if not found[kind] then
-        local at = ARGV[3 + 2 * kind]
-        writes[last + 1], writes[last + 2] = at, ARGV[4 + 2 * kind]
-        last = last + 2
-        for name = data, #ARGV, 2 do
-          if sub(ARGV[name], 1, #at + 1) == at .. '/' then
-            writes[last + 1], writes[last + 2] = ARGV[name], ARGV[name + 1]
-            last = last + 2
-          end
+if missing < kinds and (applied or not merge) then
+  -- What is found is left alone.
+  writes, from, last = {}, 1, 0
+  for kind = 1, kinds do
+    if not found[kind] then
+      local at = ARGV[3 + 2 * kind]
+      writes[last + 1], writes[last + 2] = at, ARGV[4 + 2 * kind]
+      last = last + 2
+      for name = data, #ARGV, 2 do
+        if sub(ARGV[name], 1, #at + 1) == at .. '/' then
+          writes[last + 1], writes[last + 2] = ARGV[name], ARGV[name + 1]
+          last = last + 2
         end
       end
     end
   end
 end
-for of = 1, #records do
-  writes[last + of] = records[of]
+if records then
+  for of = 1, #records do
+    writes[last + of] = records[of]
+  end
+  last = last + #records
 end
-last = last + #records
 for first = from, last, CHUNK do
   redis.call('HSET', TREE, unpack(writes, first, math.min(first + CHUNK - 1, last)))
 end
 
-local answer = ids[1] .. (created[1] and ' 1 ' or ' 0 ') .. ids[2] .. (created[2] and ' 1' or ' 0')
-if ids[3] then
-  answer = answer .. ' ' .. ids[3] .. (created[3] and ' 1' or ' 0')
+local answer = ids[1] .. created[1] .. ' ' .. ids[2] .. created[2]
+if kinds == 3 then
+  answer = answer .. ' ' .. ids[3] .. created[3]
 end
 return answer
