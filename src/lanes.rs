@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::iter;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::thread;
 
 use futures_util::StreamExt;
@@ -14,21 +15,33 @@ use tokio::runtime;
 use tokio::sync::{oneshot, watch};
 use tracing::{Instrument, info, info_span};
 
+use crate::monitor::{LaneMonitor, Monitor};
 use crate::session::{RunError, supervise};
 use crate::settings::Settings;
 
 type Lane<'a> = Pin<Box<dyn Future<Output = Result<(), RunError>> + Send + 'a>>;
 
-/// Works in `worker.lanes` lanes until `shutdown` ends, then drains them. Servers that are not there are waited for.
+/// Works in `worker.lanes` lanes until `shutdown` ends, then drains them. Servers that are not there are waited for. How
+/// it is going is told to `monitor`.
 ///
 /// # Errors
 /// What only a person can mend, or a drain that met its deadline. One lane that cannot go on ends the others.
-pub async fn run(settings: &Settings, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
+pub async fn run(
+    settings: &Settings,
+    monitor: &Arc<Monitor>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
     let (stop, told_to_stop) = watch::channel(false);
     // The first lane has this thread.
-    let first: Lane<'_> = Box::pin(supervise(settings, told_to_stop.clone()));
-    let others = (2..=settings.worker.lanes)
-        .map(|number| Box::pin(lane_of_its_own(number, settings.clone(), told_to_stop.clone())) as Lane<'_>);
+    let first = {
+        let (monitor, stop) = (monitor.lane(1), told_to_stop.clone());
+        async move { Box::pin(supervise(settings, &monitor, stop)).await }
+    };
+    let first: Lane<'_> = Box::pin(first);
+    let others = (2..=settings.worker.lanes).map(|number| {
+        let lane = lane_of_its_own(number, settings.clone(), monitor.lane(number), told_to_stop.clone());
+        Box::pin(lane) as Lane<'_>
+    });
     all(iter::once(first).chain(others).collect(), &stop, shutdown).await
 }
 
@@ -61,11 +74,16 @@ async fn all(
 }
 
 /// A thread that ends with its lane, or with the process.
-async fn lane_of_its_own(number: u64, settings: Settings, stop: watch::Receiver<bool>) -> Result<(), RunError> {
+async fn lane_of_its_own(
+    number: u64,
+    settings: Settings,
+    monitor: LaneMonitor,
+    stop: watch::Receiver<bool>,
+) -> Result<(), RunError> {
     let (tell, told) = oneshot::channel();
     let works = move || {
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Thread)?;
-        let ended = runtime.block_on(supervise(&settings, stop).instrument(info_span!("lane", number)));
+        let ended = runtime.block_on(supervise(&settings, &monitor, stop).instrument(info_span!("lane", number)));
         runtime.shutdown_background();
         ended
     };

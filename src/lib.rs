@@ -17,6 +17,7 @@
 //! - [`session`]: connect, work, back off, again;
 //! - [`lanes`]: several sessions in one process;
 //! - [`amqp`]: everything that knows RabbitMQ, and nothing that decides;
+//! - [`monitor`], [`http`]: what it tells of itself, and where that is served;
 //! - [`settings`], [`retry`], [`telemetry`], [`command`]: what a program needs besides.
 
 pub mod amqp;
@@ -24,8 +25,11 @@ mod clock;
 pub mod command;
 mod escape;
 mod fault;
+pub mod http;
 pub mod identity;
 pub mod lanes;
+pub mod monitor;
+mod pulse;
 pub mod reply;
 pub mod request;
 pub mod retry;

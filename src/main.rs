@@ -10,8 +10,9 @@ use clap::{Parser, Subcommand};
 use composite_start::command::bench::{BenchArguments, BenchError, Verdict, bench};
 use composite_start::command::check::check;
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
+use composite_start::monitor::Monitor;
 use composite_start::settings::Settings;
-use composite_start::{lanes, telemetry};
+use composite_start::{http, lanes, telemetry};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Finds or creates a customer's Service, State and Task in one atomic step: requests from RabbitMQ, records in Redis
@@ -73,6 +74,12 @@ fn main() -> ExitCode {
 
 async fn worker(settings: &Settings) -> ExitCode {
     telemetry::init(&settings.log);
+    let monitor = Monitor::new(settings);
+    // Before any work: two workers on one address are most likely a mistake.
+    let _pages = match http::serve(settings, &monitor) {
+        Ok(pages) => pages,
+        Err(error) => return fail(FAILED, &error),
+    };
     let (mut drain, mut impatient) = match (StopSignals::new(), StopSignals::new()) {
         (Ok(drain), Ok(impatient)) => (drain, impatient),
         (Err(error), _) | (_, Err(error)) => return fail(FAILED, &error),
@@ -83,7 +90,7 @@ async fn worker(settings: &Settings) -> ExitCode {
         impatient.next().await;
     };
     tokio::select! {
-        ended = lanes::run(settings, drain.next()) => match ended {
+        ended = lanes::run(settings, &monitor, drain.next()) => match ended {
             Ok(()) => {
                 tracing::info!("drained");
                 ExitCode::SUCCESS

@@ -61,6 +61,11 @@ impl Exception {
 }
 
 impl Refusal {
+    /// Where in the request the culprit is: what stands before the rule in the message.
+    pub fn path(&self) -> &str {
+        self.message.split(": ").next().unwrap_or_default()
+    }
+
     /// 400: the request breaks a rule.
     pub fn invalid(message: String) -> Self {
         Self { exception: Exception::InvalidRequest, message }

@@ -10,14 +10,14 @@ use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
 
 /// The first wait, before jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
-/// No wait is longer than this, jitter included.
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// No wait is longer than this, jitter included: a server that is back is used within three seconds.
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// What held this long counts as working again: the next wait is the first one.
 const STABLE_AFTER: Duration = Duration::from_mins(1);
 /// Each wait is drawn from this share around its middle, so that a fleet does not return in step.
 const JITTER: f64 = 0.5;
 
-/// Waits that grow from a tenth of a second to ten seconds, with jitter, and never end.
+/// Waits that grow from a tenth of a second to two seconds, with jitter, and never end.
 #[derive(Debug)]
 pub struct Delays {
     policy: ExponentialBackoff,
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_grow_to_ten_seconds_and_never_end() {
+    fn waits_grow_to_two_seconds_and_never_end() {
         let mut delays = Delays::new();
         let first = delays.next_wait();
         assert!(first >= FIRST_WAIT.mul_f64(1.0 - JITTER) && first <= FIRST_WAIT.mul_f64(1.0 + JITTER));

@@ -12,7 +12,11 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use crate::amqp::topology::TopologyError;
-use crate::amqp::{Broker, BrokerError, Endpoints};
+use crate::amqp::{Broker, BrokerError, Endpoints, Probe};
+use crate::monitor::LaneMonitor;
+use crate::monitor::health::Parts;
+use crate::monitor::metrics::Server;
+use crate::pulse::{Pulse, turn};
 use crate::retry::Delays;
 use crate::settings::{QueueType, Settings};
 use crate::store::{Store, Unavailable};
@@ -45,15 +49,32 @@ pub enum RunError {
     Store(#[from] Unavailable),
 }
 
-/// Works until told to stop, then drains. Servers that are not there are waited for.
-pub(crate) async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) -> Result<(), RunError> {
+/// Works until told to stop, then drains. Servers that are not there are waited for. Tells `monitor` how it is.
+pub(crate) async fn supervise(
+    settings: &Settings,
+    monitor: &LaneMonitor,
+    stop: watch::Receiver<bool>,
+) -> Result<(), RunError> {
+    let draining = async {
+        stopped(stop.clone()).await;
+        monitor.health.drains();
+        turn(monitor).await
+    };
+    tokio::select! {
+        ended = sessions(settings, monitor, stop.clone()) => ended,
+        never = turn(monitor) => match never {},
+        never = draining => match never {},
+    }
+}
+
+async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Receiver<bool>) -> Result<(), RunError> {
     let mut store = Store::new(&settings.redis, settings.store.on_found)?;
     let mut delays = Delays::new();
     let mut outage = Outage::default();
     let mut has_worked = false;
     loop {
         let session = tokio::select! {
-            session = Session::open(settings, &mut store) => session,
+            session = Session::open(settings, &mut store, monitor) => session,
             () = stopped(stop.clone()) => return Ok(()),
         };
         let cause = match session {
@@ -62,7 +83,7 @@ pub(crate) async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) 
                 delays.works();
                 has_worked = true;
                 info!(queue = settings.amqp.queue, prefetch = settings.amqp.prefetch, "consuming");
-                match session.run(settings, &mut store, stop.clone()).await {
+                match session.run(settings, &mut store, monitor, stop.clone()).await {
                     End::Drained => return Ok(()),
                     End::NotDrained { left } => return Err(RunError::NotDrained { left }),
                     End::Stopped(cause) => cause.to_string(),
@@ -86,6 +107,7 @@ pub(crate) async fn supervise(settings: &Settings, stop: watch::Receiver<bool>) 
 struct Session {
     broker: Broker,
     endpoints: Endpoints,
+    probe: Probe,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -106,35 +128,65 @@ enum End {
 
 impl Session {
     /// The store first: while it cannot be reached, no requests are taken.
-    async fn open(settings: &Settings, store: &mut Store) -> Result<Self, OpenError> {
-        store.connect().await?;
-        let request_bytes = settings.limits.body_bytes.saturating_mul(settings.amqp.prefetch.into());
-        let mut broker = Broker::connect(&settings.amqp.url, request_bytes).await?;
-        let endpoints = broker.open(&settings.amqp).await?;
-        Ok(Self { broker, endpoints })
+    async fn open(settings: &Settings, store: &mut Store, monitor: &LaneMonitor) -> Result<Self, OpenError> {
+        let opened = Self::connect(settings, store, monitor).await;
+        match &opened {
+            Ok(_) => {}
+            Err(OpenError::Store(error)) => {
+                monitor.health.works(|parts| *parts = Parts::NONE);
+                monitor.metrics().redis_error(error.kind());
+                monitor.metrics().disconnected(Server::Redis);
+            }
+            Err(OpenError::Broker(_) | OpenError::Topology(_)) => {
+                monitor.health.works(|parts| *parts = Parts { redis: parts.redis, ..Parts::NONE });
+                monitor.metrics().disconnected(Server::RabbitMq);
+            }
+        }
+        opened
     }
 
-    async fn run(self, settings: &Settings, store: &mut Store, stop: watch::Receiver<bool>) -> End {
-        let in_hand = InHand::default();
+    async fn connect(settings: &Settings, store: &mut Store, monitor: &LaneMonitor) -> Result<Self, OpenError> {
+        store.connect().await?;
+        monitor.health.works(|parts| parts.redis = true);
+        let request_bytes = settings.limits.body_bytes.saturating_mul(settings.amqp.prefetch.into());
+        let mut broker = Broker::connect(&settings.amqp.url, request_bytes).await?;
+        monitor.health.works(|parts| (parts.consume_connection, parts.publish_connection) = (true, true));
+        let (endpoints, probe) = broker.open(&settings.amqp).await?;
+        monitor.health.works(|parts| (parts.publishing, parts.consumer) = (true, true));
+        Ok(Self { broker, endpoints, probe })
+    }
+
+    async fn run(
+        self,
+        settings: &Settings,
+        store: &mut Store,
+        monitor: &LaneMonitor,
+        stop: watch::Receiver<bool>,
+    ) -> End {
+        let in_hand = InHand::new(monitor);
         let drain_deadline = async {
             stopped(stop.clone()).await;
             sleep(Duration::from_secs(settings.worker.drain_seconds)).await;
         };
-        let Self { mut broker, mut endpoints } = self;
-        let worker = Worker::new(settings, store, &mut endpoints, &in_hand);
+        let Self { mut broker, mut endpoints, probe } = self;
+        let valve = endpoints.valve.clone();
+        let pulse = Pulse { store: store.probe(), broker: &probe, valve, in_hand: &in_hand, monitor };
+        let worker = Worker::new(settings, store, &mut endpoints, &in_hand, monitor);
         let end = tokio::select! {
             biased;
             ended = worker.work(stop.clone()) => ended.map_or_else(End::Stopped, |()| End::Drained),
             lost = broker.lost() => End::Stopped(lost.into()),
+            never = pulse.beat() => match never {},
             () = drain_deadline => End::NotDrained { left: in_hand.count() },
         };
+        note_end(&end, monitor);
         if matches!(end, End::Drained) && settings.amqp.queue_type == QueueType::Quorum {
             sleep(LAST_ACKNOWLEDGEMENTS).await;
         }
         // The connections before their channels: a channel that is dropped closes itself, and lapin takes what it still
         // sends on a closing connection for an error that breaks the connection off.
         broker.close().await;
-        drop(endpoints);
+        drop((endpoints, probe));
         match end {
             // Told to stop while the connection broke: what was in hand is in the queue again, nothing is left to do.
             End::Stopped(_) if *stop.borrow() => match in_hand.count() {
@@ -144,6 +196,19 @@ impl Session {
             end => end,
         }
     }
+}
+
+/// After a session nothing works until another is opened; why it ended is counted.
+fn note_end(end: &End, monitor: &LaneMonitor) {
+    let server = match end {
+        End::Stopped(Stopped::StoreAway { .. }) => Some(Server::Redis),
+        End::Stopped(Stopped::Broker(_) | Stopped::Blocked { .. }) => Some(Server::RabbitMq),
+        End::Drained | End::NotDrained { .. } => None,
+    };
+    if let Some(server) = server {
+        monitor.metrics().disconnected(server);
+    }
+    monitor.health.works(|parts| *parts = Parts { redis: parts.redis, ..Parts::NONE });
 }
 
 /// An outage is a line when it begins, one for each further cause, and one when it ends.

@@ -104,6 +104,8 @@ pub struct Worker {
     pub hold_seconds: u64,
     /// Threads that work side by side.
     pub lanes: u64,
+    /// Until a lane to which nothing is delivered, although requests wait, is not alive; 0 is never.
+    pub stall_seconds: u64,
 }
 
 /// `http.*`
@@ -276,6 +278,7 @@ impl Settings {
         check_range("worker.drain_seconds", self.worker.drain_seconds, 1, 3600)?;
         check_range("worker.hold_seconds", self.worker.hold_seconds, 1, 1500)?;
         check_range("worker.lanes", self.worker.lanes, 1, 64)?;
+        check_range("worker.stall_seconds", self.worker.stall_seconds, 0, 86_400)?;
         check_listen(&self.http.listen)?;
         check_filter(&self.log.filter)
     }

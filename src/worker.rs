@@ -19,9 +19,11 @@ mod settling;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, TryFutureExt};
+use prometheus::IntGauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tracing::{error, info, warn};
@@ -33,7 +35,9 @@ use crate::amqp::{BrokerError, Endpoints};
 use crate::clock;
 use crate::fault::{self, Point};
 use crate::identity::{RequestDigest, RequestName};
-use crate::reply::{Refusal, Reply};
+use crate::monitor::LaneMonitor;
+use crate::monitor::metrics::{self, Stage};
+use crate::reply::{Exception, Refusal, Reply};
 use crate::request::{Message, Request};
 use crate::retry::Delays;
 use crate::settings::Settings;
@@ -67,28 +71,57 @@ pub enum Stopped {
 }
 
 /// How many requests a worker has taken and not settled. One that pauses before it goes back counts as settled.
-#[derive(Debug, Default)]
-pub struct InHand(watch::Sender<usize>);
+#[derive(Debug)]
+pub struct InHand {
+    number: watch::Sender<usize>,
+    taken: AtomicU64,
+    /// Of all lanes.
+    gauge: IntGauge,
+}
 
 impl InHand {
+    /// None yet; `monitor` is told of each.
+    pub fn new(monitor: &LaneMonitor) -> Self {
+        Self { number: watch::Sender::new(0), taken: AtomicU64::new(0), gauge: monitor.metrics().in_hand().clone() }
+    }
+
     /// The number now.
     pub fn count(&self) -> usize {
-        *self.0.borrow()
+        *self.number.borrow()
+    }
+
+    /// How many were taken since the beginning.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     fn add(&self, count: usize) {
-        self.0.send_modify(|number| *number += count);
+        self.number.send_modify(|number| *number += count);
+        self.taken.fetch_add(count as u64, Ordering::Relaxed);
+        self.gauge.add(signed(count));
     }
 
     fn remove(&self, count: usize) {
-        self.0.send_modify(|number| *number -= count);
+        self.number.send_modify(|number| *number -= count);
+        self.gauge.sub(signed(count));
     }
 
     /// Waits until there are so few.
     async fn falls_to(&self, count: usize) {
-        let fallen = self.0.subscribe().wait_for(|number| *number <= count).await.map(drop);
+        let fallen = self.number.subscribe().wait_for(|number| *number <= count).await.map(drop);
         fallen.expect("the sender is here");
     }
+}
+
+/// What was in hand goes back to the queue with the connection.
+impl Drop for InHand {
+    fn drop(&mut self) {
+        self.gauge.sub(signed(self.count()));
+    }
+}
+
+fn signed(count: usize) -> i64 {
+    i64::try_from(count).expect("a prefetch fits")
 }
 
 /// Works until it is told to stop and everything in hand is settled.
@@ -97,6 +130,7 @@ pub struct Worker<'a> {
     store: &'a mut Store,
     endpoints: &'a mut Endpoints,
     in_hand: &'a InHand,
+    monitor: &'a LaneMonitor,
 }
 
 impl<'a> Worker<'a> {
@@ -106,8 +140,9 @@ impl<'a> Worker<'a> {
         store: &'a mut Store,
         endpoints: &'a mut Endpoints,
         in_hand: &'a InHand,
+        monitor: &'a LaneMonitor,
     ) -> Self {
-        Self { settings, store, endpoints, in_hand }
+        Self { settings, store, endpoints, in_hand, monitor }
     }
 
     /// Works. When `stop` turns true, takes no more requests and returns once those in hand are settled.
@@ -115,7 +150,8 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// Why it [`Stopped`]; what was not settled goes back to the queue with the connection.
     pub async fn work(self, stop: watch::Receiver<bool>) -> Result<(), Stopped> {
-        let Self { settings, store, endpoints: Endpoints { consumer, publisher, acknowledger, valve }, in_hand } = self;
+        let Self { settings, store, endpoints, in_hand, monitor } = self;
+        let Endpoints { consumer, publisher, acknowledger, valve } = endpoints;
         let (published, to_settle) = mpsc::channel(settings.amqp.prefetch.into());
         let intake = Intake::new(consumer, valve.clone(), stop, in_hand, settings.amqp.prefetch.into());
         let answering = Answering {
@@ -124,8 +160,9 @@ impl<'a> Worker<'a> {
             publisher,
             names: Names::new(&settings.amqp.queue),
             numbers: FreshNumbers::new(),
+            monitor,
         };
-        let settling = Settling::new(acknowledger, valve.clone(), in_hand);
+        let settling = Settling::new(acknowledger, valve.clone(), in_hand, monitor.metrics());
         let working = async {
             tokio::try_join!(answering.answer_all(intake, published), settling.settle_all(to_settle).err_into())
         };
@@ -148,6 +185,7 @@ struct Answering<'a> {
     publisher: &'a Publisher,
     names: Names,
     numbers: FreshNumbers,
+    monitor: &'a LaneMonitor,
 }
 
 impl<'a> Answering<'a> {
@@ -157,20 +195,26 @@ impl<'a> Answering<'a> {
         published: mpsc::Sender<Published<'a>>,
     ) -> Result<(), Stopped> {
         while let Some(Taken { requests, set_aside }) = intake.next().await? {
+            let taken_at = Instant::now();
             let requests = self.answer(requests).await?;
             // The other end is gone only when settling has failed, and then this future is dropped too.
-            let _ = published.send(Published { requests, set_aside }).await;
+            let _ = published.send(Published { requests, set_aside, taken_at, sent_at: Instant::now() }).await;
         }
         Ok(())
     }
 
     /// The way of a batch, in reading order.
     async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest<'a>>, Stopped> {
+        let (metrics, mut clock) = (self.monitor.metrics(), StageClock::new());
+        metrics.taken(batch.len(), batch.iter().filter(|delivery| delivery.is_redelivered()).count());
         fault::reached(Point::Received).await;
         let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
+        metrics.passed(Stage::Parse, clock.lap());
         let outcomes = self.outcomes(requests).await?;
+        metrics.passed(Stage::Store, clock.lap());
         fault::reached(Point::ScriptAnswered).await;
         let published = self.end_all(&batch, outcomes);
+        metrics.passed(Stage::Publish, clock.lap());
         fault::reached(Point::ReplyPublished).await;
         Ok(published)
     }
@@ -263,11 +307,15 @@ impl<'a> Answering<'a> {
                 Ok(results) => {
                     if let Some(since) = held_since {
                         info!(seconds = since.elapsed().as_secs(), "the store answers again");
+                        self.monitor.health.works(|parts| parts.redis = true);
                     }
+                    self.count(&results);
                     return Ok(results);
                 }
                 Err(cause) => cause,
             };
+            self.monitor.health.works(|parts| parts.redis = false);
+            self.monitor.metrics().redis_error(cause.kind());
             if held_since.is_none() {
                 warn!(%cause, "the store is away; requests are held and tried again");
             }
@@ -276,6 +324,15 @@ impl<'a> Answering<'a> {
                 return Err(Stopped::StoreAway { cause, held_seconds });
             }
             sleep(delays.next_wait()).await;
+        }
+    }
+
+    fn count(&self, results: &[Result<Found, EntryFailure>]) {
+        for result in results {
+            match result {
+                Ok(found) => self.monitor.metrics().found(found),
+                Err(failure) => self.monitor.metrics().redis_error(failure.kind()),
+            }
         }
     }
 
@@ -300,6 +357,9 @@ impl<'a> Answering<'a> {
             let (message_id, correlation_id) = (message.message_id, message.correlation_id);
             error!(cause, message_id, correlation_id, "a request failed and is dead-lettered");
         }
+        if let Outcome::Refused(refusal) | Outcome::Failed(refusal) = &outcome {
+            self.monitor.recent().refused(refusal);
+        }
         let has_address = delivery.reply_to().is_some_and(|reply_to| self.names.may_take_replies(reply_to.as_str()));
         match (outcome, has_address) {
             (Outcome::Answered(found), true) => Ending::Reply(Reply::success(&found, &self.settings.reply)),
@@ -311,6 +371,7 @@ impl<'a> Answering<'a> {
     }
 
     fn publish(&self, delivery: &Delivery, ending: Ending) -> PublishedRequest<'a> {
+        let outcome = ending.outcome();
         let (reply, dead_letter) = match ending {
             Ending::Reply(reply) => (Some(reply), None),
             Ending::DeadLetter(refusal) => (None, Some(refusal)),
@@ -319,7 +380,7 @@ impl<'a> Answering<'a> {
         };
         let reply = reply.and_then(|reply| self.publisher.reply(delivery, reply));
         let dead_letter = dead_letter.map(|refusal| self.publisher.dead_letter(delivery, &refusal));
-        PublishedRequest::new(delivery, reply, dead_letter)
+        PublishedRequest::new(delivery, outcome, reply, dead_letter)
     }
 }
 
@@ -353,6 +414,36 @@ enum Ending {
     ReplyAndDeadLetter(Reply, Refusal),
     /// The work is done and there is nobody to tell.
     Nothing,
+}
+
+impl Ending {
+    /// As it is counted.
+    fn outcome(&self) -> metrics::Outcome {
+        match self {
+            Self::Reply(Reply { status: 200, .. }) => metrics::Outcome::Answered,
+            Self::Reply(_) => metrics::Outcome::Refused,
+            Self::DeadLetter(Refusal { exception: Exception::InternalError, .. }) | Self::ReplyAndDeadLetter(..) => {
+                metrics::Outcome::Failed
+            }
+            Self::DeadLetter(_) => metrics::Outcome::DeadLettered,
+            Self::Nothing => metrics::Outcome::Done,
+        }
+    }
+}
+
+/// Tells how long each stage took.
+struct StageClock(Instant);
+
+impl StageClock {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Since the lap before.
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.0, now)
+    }
 }
 
 /// Keeps a panic from going further. What `work` changes on its way must be in order whenever it ends.

@@ -2,7 +2,8 @@
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
-//! ends one for good, `cork` keeps a batch of replies in one write. Nothing here decides what becomes of a message.
+//! ends one for good, `cork` keeps a batch of replies in one write, `probe` asks
+//! whether anybody is there. Nothing here decides what becomes of a message.
 //! `requester` and `wire` are the other side: one request, and very many.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
@@ -14,6 +15,7 @@ mod cork;
 pub mod delivery;
 pub mod frame_guard;
 mod lifeline;
+mod probe;
 pub mod publisher;
 pub mod requester;
 pub mod topology;
@@ -40,6 +42,7 @@ use consumer::Consumer;
 use cork::Cork;
 use frame_guard::{Guarded, GuardedTokio};
 use lifeline::Owner;
+pub use probe::Probe;
 use publisher::Publisher;
 use topology::{Names, TopologyError};
 
@@ -171,7 +174,7 @@ impl Broker {
     ///
     /// # Errors
     /// What the broker objects to, or how the connection ended.
-    pub async fn open(&mut self, settings: &Settings) -> Result<Endpoints, TopologyError> {
+    pub async fn open(&mut self, settings: &Settings) -> Result<(Endpoints, Probe), TopologyError> {
         let Self { consuming, publishing, allowance, valve } = self;
         let valve_of_worker = Valve(valve.subscribe());
         let (connection, cork) = (&publishing.connection, &publishing.cork);
@@ -202,13 +205,14 @@ async fn endpoints(
     cork: &Cork,
     mut valve: Valve,
     settings: &Settings,
-) -> Result<Endpoints, TopologyError> {
+) -> Result<(Endpoints, Probe), TopologyError> {
     topology::establish(publishing, settings).await?;
     let names = Names::new(&settings.queue);
     let publisher = Publisher::open(publishing, cork, &names).await?;
     publisher.prove(&mut valve).await?;
+    let probe = Probe::open(consuming, publishing, &names.queue).await?;
     let consumer = Consumer::open(consuming, allowance, &names, settings.prefetch).await?;
-    Ok(Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher, valve })
+    Ok((Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher, valve }, probe))
 }
 
 async fn lost(consuming: &mut Events, publishing: &mut Events, valve: &watch::Sender<bool>) -> BrokerError {
@@ -223,6 +227,11 @@ async fn lost(consuming: &mut Events, publishing: &mut Events, valve: &watch::Se
 pub struct Valve(watch::Receiver<bool>);
 
 impl Valve {
+    /// Whether it takes it now.
+    pub fn is_open(&self) -> bool {
+        *self.0.borrow()
+    }
+
     /// Waits until the broker takes what is published. This has no limit of its own: a broker that blocks still sends
     /// signs of life, and without them the connection ends.
     pub async fn opens(&mut self) {

@@ -29,6 +29,8 @@ use script::{Call, FIND_OR_CREATE, read_answer};
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// To answer one pipeline. A call that took longer may still run, and may be repeated.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// For a question that is asked to see whether there is an answer.
+const PROBE_LIMIT: Duration = Duration::from_secs(1);
 /// What was sent and stays unacknowledged this long ends the connection.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Between the probes that find a dead peer where nothing is sent.
@@ -64,13 +66,33 @@ pub struct Object {
 
 /// The store cannot be reached or cannot work at present: the world's fault. Nothing is lost by trying again.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Unavailable(String);
+#[error("{text}")]
+pub struct Unavailable {
+    text: String,
+    kind: String,
+}
+
+impl Unavailable {
+    /// `connection`, `timeout`, or the server's error code.
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+}
 
 /// One entry failed for a reason that trying again does not change; its neighbours are not touched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct EntryFailure(pub(crate) String);
+
+impl EntryFailure {
+    /// The server's error code, or `data` where the script could not read what it found.
+    pub fn kind(&self) -> &str {
+        match self.0.split(' ').next().unwrap_or_default() {
+            "BADTREE" | "BADSEQUENCE" => "data",
+            code => code,
+        }
+    }
+}
 
 /// The store, and its connection while it has one.
 pub struct Store {
@@ -116,18 +138,10 @@ impl Store {
     /// The store is [`Unavailable`], with its address and the cause.
     pub async fn connect(&mut self) -> Result<(), Unavailable> {
         self.connection = None;
-        // The client's own limits are off: there is one here, and it covers the login too.
-        let config = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
         let connected = timeout(CONNECT_LIMIT, async {
-            let mut connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
+            let mut connection = self.client.get_multiplexed_async_connection_with_config(&no_limits()).await?;
             self.script.load_async(&mut connection).await?;
-            // A write command for the server, which writes nothing: an empty text over a key that stays as it is.
-            redis::cmd("SETRANGE")
-                .arg(keys::sequence(&self.key_prefix, 0))
-                .arg(0)
-                .arg("")
-                .exec_async(&mut connection)
-                .await?;
+            prove_writable(&mut connection, &self.key_prefix).await?;
             Ok(connection)
         });
         let connection = connected.await.map_err(|_| self.silent(CONNECT_LIMIT))?;
@@ -256,12 +270,54 @@ impl Store {
     }
 
     fn silent(&self, limit: Duration) -> Unavailable {
-        Unavailable(format!("{}: no answer in {} s", self.address, limit.as_secs()))
+        let text = format!("{}: no answer in {} s", self.address, limit.as_secs());
+        Unavailable { text, kind: "timeout".to_owned() }
     }
 
     fn strange(&self, what: &str) -> Unavailable {
-        Unavailable(format!("{}: {}", self.address, what.trim_end()))
+        let kind = what.split(' ').next().unwrap_or_default().to_owned();
+        Unavailable { text: format!("{}: {}", self.address, what.trim_end()), kind }
     }
+
+    /// What asks the same server, over a connection of its own.
+    pub(crate) fn probe(&self) -> StoreProbe {
+        StoreProbe { client: self.client.clone(), connection: None, key_prefix: self.key_prefix.clone() }
+    }
+}
+
+/// A write command for the server, which writes nothing: an empty text over a key that stays as it is.
+async fn prove_writable(connection: &mut MultiplexedConnection, key_prefix: &str) -> redis::RedisResult<()> {
+    redis::cmd("SETRANGE").arg(keys::sequence(key_prefix, 0)).arg(0).arg("").exec_async(connection).await
+}
+
+/// Asks the server whether it takes writes, and nothing else.
+pub(crate) struct StoreProbe {
+    client: Client,
+    connection: Option<MultiplexedConnection>,
+    key_prefix: String,
+}
+
+impl StoreProbe {
+    /// Whether it says so within [`PROBE_LIMIT`].
+    pub(crate) async fn answers(&mut self) -> bool {
+        let asked = timeout(PROBE_LIMIT, async {
+            let connection = match &mut self.connection {
+                Some(connection) => connection,
+                none => none.insert(self.client.get_multiplexed_async_connection_with_config(&no_limits()).await?),
+            };
+            prove_writable(connection, &self.key_prefix).await
+        });
+        let answers = matches!(asked.await, Ok(Ok(())));
+        if !answers {
+            self.connection = None;
+        }
+        answers
+    }
+}
+
+/// The client's own limits are off: there is one here for each use, and it covers the login too.
+fn no_limits() -> AsyncConnectionConfig {
+    AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None)
 }
 
 /// A pipeline, and which calls are in it.
@@ -360,7 +416,8 @@ fn connection_info(url: &SecretUrl) -> redis::RedisResult<ConnectionInfo> {
 
 fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
     let text = error.to_string();
-    Unavailable(format!("{address}: {}", text.lines().next().unwrap_or_default()))
+    let kind = error.code().unwrap_or("connection").to_owned();
+    Unavailable { text: format!("{address}: {}", text.lines().next().unwrap_or_default()), kind }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The second half of a request's way: from published to acknowledged.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{BoxFuture, try_join_all};
 use futures_util::stream::FuturesUnordered;
@@ -14,6 +14,7 @@ use crate::amqp::delivery::Delivery;
 use crate::amqp::publisher::{Fate, Publication};
 use crate::amqp::{BrokerError, Valve};
 use crate::fault::{self, Point};
+use crate::monitor::metrics::{Metrics, Outcome, Stage};
 use crate::worker::InHand;
 
 /// For the broker to confirm what was published.
@@ -30,11 +31,14 @@ pub(super) struct Published<'a> {
     pub(super) requests: Vec<PublishedRequest<'a>>,
     /// Numbers of requests that were taken and are not here: nothing may acknowledge them by the way.
     pub(super) set_aside: Vec<u64>,
+    pub(super) taken_at: Instant,
+    pub(super) sent_at: Instant,
 }
 
 /// A request whose reply or dead letter, if any, is on its way.
 pub(super) struct PublishedRequest<'a> {
     tag: u64,
+    outcome: Outcome,
     reply: Option<Publication<'a>>,
     dead_letter: Option<Publication<'a>>,
     /// Before it goes back to the queue, if it must.
@@ -44,11 +48,12 @@ pub(super) struct PublishedRequest<'a> {
 impl<'a> PublishedRequest<'a> {
     pub(super) fn new(
         delivery: &Delivery,
+        outcome: Outcome,
         reply: Option<Publication<'a>>,
         dead_letter: Option<Publication<'a>>,
     ) -> Self {
         let pause = pause(delivery.returns(), delivery.is_redelivered());
-        Self { tag: delivery.tag(), reply, dead_letter, pause }
+        Self { tag: delivery.tag(), outcome, reply, dead_letter, pause }
     }
 }
 
@@ -69,11 +74,12 @@ pub(super) struct Settling<'a> {
     /// Delivered, and neither settled nor among what is settled next.
     held: BTreeSet<u64>,
     pauses: FuturesUnordered<BoxFuture<'static, u64>>,
+    metrics: &'a Metrics,
 }
 
 impl<'a> Settling<'a> {
-    pub(super) fn new(acknowledger: &'a Acknowledger, valve: Valve, in_hand: &'a InHand) -> Self {
-        Self { acknowledger, valve, in_hand, held: BTreeSet::new(), pauses: FuturesUnordered::new() }
+    pub(super) fn new(acknowledger: &'a Acknowledger, valve: Valve, in_hand: &'a InHand, metrics: &'a Metrics) -> Self {
+        Self { acknowledger, valve, in_hand, held: BTreeSet::new(), pauses: FuturesUnordered::new(), metrics }
     }
 
     /// Settles every batch in the order of their publication.
@@ -101,32 +107,42 @@ impl<'a> Settling<'a> {
         let mut settled = Vec::with_capacity(count);
         self.held.extend(batch.set_aside);
         let rest = self.settle_each(batch.requests, &mut settled).await;
+        self.metrics.passed(Stage::Confirm, batch.sent_at.elapsed());
         fault::reached(Point::Confirmed).await;
-        let acknowledged = self.acknowledge(&settled).await;
+        let tags: Vec<_> = settled.iter().map(|(tag, _)| *tag).collect();
+        let acknowledged = self.acknowledge(&tags).await;
         fault::reached(Point::Acknowledged).await;
         acknowledged?;
+        let took = batch.taken_at.elapsed();
+        for (_, outcome) in &settled {
+            self.metrics.settled(*outcome, took);
+        }
         self.in_hand.remove(if rest.is_ok() { count } else { settled.len() });
         rest
     }
 
-    /// Collects in `settled`, in their order, the numbers of those that may be acknowledged.
+    /// Collects in `settled`, in their order, the numbers and ends of those that may be acknowledged.
     async fn settle_each(
         &mut self,
         mut requests: Vec<PublishedRequest<'_>>,
-        settled: &mut Vec<u64>,
+        settled: &mut Vec<(u64, Outcome)>,
     ) -> Result<(), BrokerError> {
         let mut valve = self.valve.clone();
         let overdue = valve.overdue(CONFIRM_LIMIT).shared();
         last_heard(&mut requests, overdue.clone()).await;
-        for PublishedRequest { tag, reply, dead_letter, pause } in requests {
+        for PublishedRequest { tag, outcome, reply, dead_letter, pause } in requests {
             let reply = confirmed(reply, &overdue).await?;
             let dead_letter = confirmed(dead_letter, &overdue).await?;
+            if reply == Some(Fate::Returned) {
+                self.metrics.unroutable_reply();
+            }
             match settlement(reply, dead_letter) {
                 Settlement::Acknowledge => {
                     self.held.remove(&tag);
-                    settled.push(tag);
+                    settled.push((tag, outcome));
                 }
                 Settlement::GiveBack => {
+                    self.metrics.given_back();
                     self.held.insert(tag);
                     self.pauses.push(sleep(pause).map(move |()| tag).boxed());
                 }

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use composite_start::lanes;
+use composite_start::monitor::Monitor;
 use composite_start::session::RunError;
 use composite_start::settings::{QueueType, Settings};
 use futures_util::StreamExt;
@@ -370,7 +371,9 @@ struct InProcess {
 impl InProcess {
     fn start(settings: Settings) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(async move { lanes::run(&settings, async { drop(stopped.await) }).await });
+        let task = tokio::spawn(async move {
+            lanes::run(&settings, &Monitor::new(&settings), async { drop(stopped.await) }).await
+        });
         Self { stop: Some(stop), task }
     }
 

@@ -12,6 +12,7 @@ mod crash_points;
 mod cuts;
 mod dead_letters;
 mod harness;
+mod http;
 mod lanes;
 mod lifecycle;
 mod load;

@@ -1,0 +1,60 @@
+//! What a worker tells of itself: figures for machines (`metrics`), whether it works (`health`), and the last minutes for
+//! a person (`recent`). One for the process; each lane writes into it and nothing here acts on the lanes.
+
+pub mod health;
+pub mod metrics;
+pub mod recent;
+
+use std::sync::Arc;
+
+use crate::settings::Settings;
+use health::{Health, LaneHealth};
+use metrics::Metrics;
+use recent::Recent;
+
+/// All that is known of the worker, shared by its lanes and the HTTP pages.
+#[derive(Debug)]
+pub struct Monitor {
+    /// Counters, histograms, gauges.
+    pub metrics: Metrics,
+    /// Whether it works, lane by lane.
+    pub health: Health,
+    /// The last minutes.
+    pub recent: Recent,
+}
+
+impl Monitor {
+    /// For a worker with these settings.
+    pub fn new(settings: &Settings) -> Arc<Self> {
+        Arc::new(Self {
+            metrics: Metrics::new(),
+            health: Health::new(settings.worker.lanes, settings.worker.stall_seconds),
+            recent: Recent::default(),
+        })
+    }
+
+    /// The part of the lane with this number, the first being 1.
+    pub fn lane(self: &Arc<Self>, number: u64) -> LaneMonitor {
+        LaneMonitor { health: self.health.lane(number), monitor: Arc::clone(self) }
+    }
+}
+
+/// What one lane writes into.
+#[derive(Debug, Clone)]
+pub struct LaneMonitor {
+    monitor: Arc<Monitor>,
+    /// Whether this lane works.
+    pub health: Arc<LaneHealth>,
+}
+
+impl LaneMonitor {
+    /// Shared by all lanes.
+    pub fn metrics(&self) -> &Metrics {
+        &self.monitor.metrics
+    }
+
+    /// Shared by all lanes.
+    pub fn recent(&self) -> &Recent {
+        &self.monitor.recent
+    }
+}
