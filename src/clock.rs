@@ -1,4 +1,4 @@
-//! The worker's clock, as it is written into records.
+//! The clock, as it is written into records; and how other times are written.
 
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
@@ -12,4 +12,10 @@ pub(crate) fn now() -> String {
     OffsetDateTime::now_utc()
         .format(ISO_8601_MILLISECONDS)
         .expect("a time of this clock has all the parts of the format")
+}
+
+/// A time in seconds since 1970, in the same form; `None` for one after the year 9999.
+pub(crate) fn at(seconds: u64) -> Option<String> {
+    let time = OffsetDateTime::from_unix_timestamp(i64::try_from(seconds).ok()?).ok()?;
+    time.format(ISO_8601_MILLISECONDS).ok()
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::{Parser, Subcommand};
 use composite_start::command::bench::{BenchArguments, BenchError, Verdict, bench};
 use composite_start::command::check::check;
+use composite_start::command::dead::{DeadArguments, DeadError, dead};
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::monitor::Monitor;
 use composite_start::settings::Settings;
@@ -37,6 +38,9 @@ enum Command {
     Bench(BenchArguments),
     /// Try broker and store with the settings, and print the settings: exit 0, or 1 and the first thing that is wrong
     Check,
+    /// List, show, send again or drop what waits in the dead-letter queue: exit 0, 1 if it was not done, 2 if how many is
+    /// not said, 3 on no answer
+    Dead(DeadArguments),
 }
 
 /// Exit codes beside 0.
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(FAILED, &error),
             },
+            Command::Dead(arguments) => look_after_dead_letters(&settings, &arguments).await,
         }
     });
     // Not waiting for what a stuck connection left behind.
@@ -144,6 +149,15 @@ async fn measure(settings: Settings, arguments: BenchArguments) -> ExitCode {
         Ok(Err(error @ BenchError::Output(_))) => fail(FAILED, &error),
         Ok(Err(error @ BenchError::Arguments(_))) => fail(WRONG_SETTINGS, &error),
         Err(panicked) => fail(FAILED, &panicked),
+    }
+}
+
+async fn look_after_dead_letters(settings: &Settings, arguments: &DeadArguments) -> ExitCode {
+    match dead(settings, arguments, &mut io::stdout(), &mut io::stderr()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error @ DeadError::Broker(_)) => fail(NO_ANSWER, &error),
+        Err(error @ DeadError::Unexpected(_)) => fail(WRONG_SETTINGS, &error),
+        Err(error) => fail(FAILED, &error),
     }
 }
 

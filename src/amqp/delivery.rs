@@ -79,6 +79,12 @@ impl Delivery {
         &self.delivery.data
     }
 
+    /// The same without its body, for who needs only the rest and many of them.
+    pub(super) fn without_body(mut self) -> Self {
+        self.delivery.data = Vec::new();
+        self
+    }
+
     pub(super) fn properties(&self) -> &BasicProperties {
         &self.delivery.properties
     }

@@ -304,17 +304,17 @@ impl FrameHead {
     }
 }
 
-/// A `basic.deliver` names exchange and routing key, which a producer chose. They are not used by this program, so in
-/// one that is not UTF-8 the odd bytes become `?`.
+/// A `basic.deliver` or `basic.get-ok` names exchange and routing key, which a producer chose. They are not used by this
+/// program, so in one that is not UTF-8 the odd bytes become `?`.
 fn mend_deliver(payload: &mut [u8]) {
-    const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
     const DELIVERY_TAG_AND_REDELIVERED: usize = 9;
-    if !payload.starts_with(&BASIC_DELIVER) {
-        return;
-    }
+    let (mut at, gaps): (usize, &[usize]) = match payload {
+        [0, 60, 0, 60, ..] => (4, &[DELIVERY_TAG_AND_REDELIVERED, 0, 0]),
+        [0, 60, 0, 71, ..] => (4 + DELIVERY_TAG_AND_REDELIVERED, &[0, 0]),
+        _ => return,
+    };
     // Text by text: the length of one and the first byte of it may look like a character together.
-    let mut at = BASIC_DELIVER.len();
-    for behind in [DELIVERY_TAG_AND_REDELIVERED, 0, 0] {
+    for behind in gaps {
         let Some(length) = payload.get(at).copied().map(usize::from) else { return };
         let Some(text) = payload.get_mut(at + 1..at + 1 + length) else { return };
         if std::str::from_utf8(text).is_err() {

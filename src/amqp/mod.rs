@@ -2,9 +2,9 @@
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
-//! ends one for good, `cork` keeps a batch of replies in one write, `probe` asks
-//! whether anybody is there. Nothing here decides what becomes of a message.
-//! `requester` and `wire` are the other side: one request, and very many.
+//! ends one for good, `cork` keeps a batch of replies in one write, `probe` asks whether anybody is there. Nothing here
+//! decides what becomes of a message. `requester` and `wire` are the other side: one request, and very many.
+//! `dead_letters` is for a person's hand.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
@@ -12,6 +12,7 @@ pub mod acknowledger;
 mod allowance;
 pub mod consumer;
 mod cork;
+pub mod dead_letters;
 pub mod delivery;
 pub mod frame_guard;
 mod lifeline;

@@ -130,7 +130,7 @@ impl Publisher {
         let mut headers = request.headers().cloned().unwrap_or_default();
         headers.insert("x-refusal-status".into(), AMQPValue::LongInt(refusal.exception.status().into()));
         headers.insert("x-refusal-message".into(), AMQPValue::LongString(refusal.message.as_str().into()));
-        let properties = dead_letter_properties(request.properties()).with_headers(headers);
+        let properties = properties_of_a_copy(request.properties()).with_headers(headers);
         let body = request.body().to_vec();
         publish(&self.dead_letters, self.dead_letter_exchange.clone(), ShortString::default(), body, properties)
     }
@@ -138,7 +138,7 @@ impl Publisher {
 
 /// The properties of a request that its copy keeps. Not its expiration: a dead letter waits for a person. Not its
 /// `user_id`: the broker closes the channel of a publisher that names another user than its own.
-fn dead_letter_properties(of: &BasicProperties) -> BasicProperties {
+pub(super) fn properties_of_a_copy(of: &BasicProperties) -> BasicProperties {
     let mut properties = BasicProperties::default().with_delivery_mode(super::delivery::PERSISTENT);
     macro_rules! keep {
         ($($property:ident, $with:ident;)*) => {
@@ -162,7 +162,7 @@ fn dead_letter_properties(of: &BasicProperties) -> BasicProperties {
     properties
 }
 
-async fn confirming_channel(connection: &Connection) -> Result<Channel, BrokerError> {
+pub(super) async fn confirming_channel(connection: &Connection) -> Result<Channel, BrokerError> {
     let channel = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
     within(ANSWER_LIMIT, "confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await?;
     Ok(channel)
@@ -170,7 +170,7 @@ async fn confirming_channel(connection: &Connection) -> Result<Channel, BrokerEr
 
 /// Starts a publication: polled once, its frames are with lapin, in the order of the calls. Many started before one
 /// is waited for travel together; one at a time would pay for a thread hop each.
-fn publish(
+pub(super) fn publish(
     channel: &Channel,
     exchange: ShortString,
     routing_key: ShortString,

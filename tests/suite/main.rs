@@ -10,6 +10,7 @@ mod commands;
 mod contract;
 mod crash_points;
 mod cuts;
+mod dead_command;
 mod dead_letters;
 mod harness;
 mod http;

@@ -266,6 +266,16 @@ fn odd_bytes_in_the_exchange_or_routing_key_of_a_delivery_become_question_marks(
 }
 
 #[test]
+fn odd_bytes_in_the_exchange_or_routing_key_of_a_message_that_was_asked_for_become_question_marks() {
+    let get_ok = |exchange: &[u8], routing_key: &[u8]| {
+        let texts = [&7_u64.to_be_bytes()[..], &[1], &short(exchange), &short(routing_key), &[255; 4]].concat();
+        frame(FrameHead::METHOD, &[&[0, 60, 0, 71], &texts[..]].concat())
+    };
+    assert_eq!(read_at_once(&get_ok(b"dlx\xff", b"\xfe")), get_ok(b"dlx?", b"?"));
+    assert_eq!(read_at_once(&get_ok(b"dlx", "é".as_bytes())), get_ok(b"dlx", "é".as_bytes()));
+}
+
+#[test]
 fn a_delivery_that_is_cut_short_passes_as_it_came() {
     let whole = deliver(b"\xff", b"\xff");
     let payload = &whole[FrameHead::BYTES..whole.len() - 1];
