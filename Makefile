@@ -1,6 +1,6 @@
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test check chaos bench micro fuzz deny
+.PHONY: help demo test check chaos bench micro settings fuzz deny
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -25,6 +25,9 @@ check: ## format, lints and documentation
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+
+settings: ## docs/settings.md anew, from the comments in config/default.toml
+	@page=$$(cargo run --locked --quiet --example settings_reference) && printf '%s\n' "$$page" >docs/settings.md
 
 deny: ## licences, sources, bans and known advisories of the dependencies
 	@scripts/deny
