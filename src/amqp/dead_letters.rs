@@ -32,6 +32,9 @@ use crate::settings::Amqp as Settings;
 const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
 /// A letter that has come back so often is written anew. Half of the delivery limit that RabbitMQ 4 sets by default.
 const RENEWED_AFTER: u64 = 10;
+/// While 32 acknowledgements are being replicated, a quorum queue's channel keeps those behind them, forgets them if it
+/// closes, and tells nobody: their letters would be back. So there are never so many on their way.
+const ACKNOWLEDGEMENTS_ON_THEIR_WAY: u32 = 16;
 
 /// Headers that dead-lettering, and the queues on the way, have added.
 const ADDED: [&str; 9] = [
@@ -56,6 +59,7 @@ pub struct DeadLetters {
     taking: Channel,
     sending: Channel,
     names: Names,
+    acknowledgements_on_their_way: u32,
     /// Whether there is somebody at a reply address.
     addresses: HashMap<ShortString, bool>,
 }
@@ -100,7 +104,9 @@ impl DeadLetters {
         let sending = confirming_channel(connection).await?;
         let names = Names::new(&settings.queue);
         match look_up(&taking, &names.dead_letter_queue).await {
-            Ok(()) => Ok(Self { link, taking, sending, names, addresses: HashMap::new() }),
+            Ok(()) => {
+                Ok(Self { link, taking, sending, names, acknowledgements_on_their_way: 0, addresses: HashMap::new() })
+            }
             Err(error) if error.is_not_found() => Err(TopologyError::Unusable(format!(
                 "queue {} does not exist: start a worker, which declares it, or name the right amqp.queue",
                 names.dead_letter_queue
@@ -186,15 +192,31 @@ impl DeadLetters {
     }
 
     /// Takes a letter out of the queue for good.
-    pub async fn acknowledge(&self, letter: &DeadLetter) -> Result<(), BrokerError> {
+    pub async fn acknowledge(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
+        if self.acknowledgements_on_their_way >= ACKNOWLEDGEMENTS_ON_THEIR_WAY {
+            self.acknowledgements_arrive().await?;
+        }
         let acknowledged = self.taking.basic_ack(letter.delivery.tag(), BasicAckOptions { multiple: false });
-        within(ANSWER_LIMIT, "basic.ack", acknowledged).await
+        within(ANSWER_LIMIT, "basic.ack", acknowledged).await?;
+        self.acknowledgements_on_their_way += 1;
+        Ok(())
+    }
+
+    /// No acknowledgement is answered, but a question to the queue is, and it deals with one after the other. What it
+    /// hands out with the answer came in meanwhile, and goes back with the rest.
+    async fn acknowledgements_arrive(&mut self) -> Result<(), BrokerError> {
+        self.take(0).await?;
+        self.acknowledgements_on_their_way = 0;
+        Ok(())
     }
 
     /// Gives back all that is in hand, and closes; `rest` is what is left of what a look found.
-    pub async fn give_back(self, rest: impl IntoIterator<Item = DeadLetter>) -> Result<(), BrokerError> {
+    pub async fn give_back(mut self, rest: impl IntoIterator<Item = DeadLetter>) -> Result<(), BrokerError> {
         for letter in rest.into_iter().filter(DeadLetter::is_worn) {
             self.renew(&letter).await?;
+        }
+        if self.acknowledgements_on_their_way > 0 {
+            self.acknowledgements_arrive().await?;
         }
         let all = BasicNackOptions { multiple: true, requeue: true };
         within(ANSWER_LIMIT, "basic.nack", self.taking.basic_nack(0, all)).await?;
@@ -205,7 +227,7 @@ impl DeadLetters {
     }
 
     /// Puts a new letter in the place of one that came back often. Killed in between, there are both.
-    async fn renew(&self, letter: &DeadLetter) -> Result<(), BrokerError> {
+    async fn renew(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
         let properties = letter.properties_without(&COUNTED);
         match self.send(&self.names.dead_letter_queue, letter, properties).await? {
             Fate::Confirmed => self.acknowledge(letter).await,

@@ -250,7 +250,7 @@ async fn drop_for_good(
     notes: &mut impl Write,
 ) -> Result<(), DeadError> {
     let found = letters.look(For::AllButTheBody, usize::MAX, |letter| errand.choice.takes(letter)).await?;
-    let Some((letters, found)) = agreed(letters, found, errand, "Drop them for good", output, notes).await? else {
+    let Some((mut letters, found)) = agreed(letters, found, errand, "Drop them for good", output, notes).await? else {
         return Ok(());
     };
     for letter in &found {

@@ -335,6 +335,22 @@ async fn nothing_is_done_unless_as_many_match_as_was_said() {
     }
 }
 
+/// A quorum queue keeps acknowledgements back while 32 others are being replicated, and a channel that closes forgets
+/// them: letters would be back that were said to be gone.
+#[tokio::test]
+async fn of_many_letters_those_that_are_gone_stay_gone() {
+    for queue_type in QUEUE_TYPES {
+        let space = space_with_queues(queue_type).await;
+        let many: Vec<_> = (0..400).map(|n| format!("{}-{n}", if n % 2 == 0 { "even" } else { "odd" })).collect();
+        let _client = dead_letters(&space, &many.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        for (action, matching, left) in [("drop", "even", 200), ("retry", "odd", 0)] {
+            let done = dead(&space, &[action, "--reason", matching, "--expect", "200"]).await;
+            assert_eq!(done.code, Some(0), "{}", done.stderr);
+            assert_eq!(listed(&space, &[]).await.1, left, "{queue_type} {action}");
+        }
+    }
+}
+
 /// Runs it in a terminal of its own, in which `typed` is typed.
 async fn in_terminal(space: &Space, command: &str, typed: &str) -> Ended {
     let environment = space.environment(&[]);
