@@ -9,7 +9,10 @@ RUN mkdir src && touch src/lib.rs && echo 'fn main() {}' >src/main.rs \
     && rm -r src
 COPY config config
 COPY examples/composite-start.json examples/
+COPY build.rs ./
 COPY src src
+# There is no checkout in here: `docker build --build-arg COMPOSITE_START_COMMIT=$(git rev-parse --short HEAD)`.
+ARG COMPOSITE_START_COMMIT
 # Cargo compares times, and those of the copied files are older than what was just built.
 RUN touch src/lib.rs src/main.rs && cargo build --release --locked --bin composite-start
 

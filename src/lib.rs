@@ -18,7 +18,7 @@
 //! - [`lanes`]: several sessions in one process;
 //! - [`amqp`]: everything that knows RabbitMQ, and nothing that decides;
 //! - [`monitor`], [`http`]: what it tells of itself, and where that is served;
-//! - [`settings`], [`retry`], [`telemetry`], [`command`]: what a program needs besides.
+//! - [`settings`], [`retry`], [`telemetry`], [`command`], [`version`]: what a program needs besides.
 
 pub mod amqp;
 mod clock;
@@ -37,4 +37,5 @@ pub mod session;
 pub mod settings;
 pub mod store;
 pub mod telemetry;
+pub mod version;
 pub mod worker;

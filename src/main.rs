@@ -6,25 +6,43 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use composite_start::command::bench::{BenchArguments, BenchError, Verdict, bench};
 use composite_start::command::check::check;
 use composite_start::command::dead::{DeadArguments, DeadError, dead};
+use composite_start::command::papers::{completions, manual};
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::monitor::Monitor;
 use composite_start::settings::Settings;
-use composite_start::{http, lanes, telemetry};
+use composite_start::{http, lanes, telemetry, version};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Finds or creates a customer's Service, State and Task in one atomic step: requests from RabbitMQ, records in Redis
 #[derive(Parser)]
-#[command(version, about, arg_required_else_help = true)]
+#[command(version = version::VERSION, long_version = version::BUILD, about, arg_required_else_help = true)]
 struct Arguments {
     /// Settings that differ from the defaults, in TOML; the environment overrides them (`COMPOSITE_START__AMQP__URL` …)
     #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
     #[command(subcommand)]
-    command: Command,
+    invocation: Invocation,
+}
+
+#[derive(Subcommand)]
+enum Invocation {
+    #[command(flatten)]
+    WithSettings(Command),
+    /// Print what a shell needs to complete the arguments
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Write manual pages, one for each command, into a folder
+    Man {
+        /// Made where it is missing
+        folder: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -52,6 +70,11 @@ const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    let command = match arguments.invocation {
+        Invocation::WithSettings(command) => command,
+        Invocation::Completions { shell } => return end(completions(Arguments::command(), shell, &mut io::stdout())),
+        Invocation::Man { folder } => return end(manual(Arguments::command(), &folder)),
+    };
     let settings = match Settings::load(arguments.config.as_deref()) {
         Ok(settings) => settings,
         Err(error) => return fail(WRONG_SETTINGS, &error),
@@ -61,14 +84,11 @@ fn main() -> ExitCode {
         Err(error) => return fail(FAILED, &error),
     };
     let code = runtime.block_on(async {
-        match arguments.command {
+        match command {
             Command::Worker => Box::pin(worker(&settings)).await,
             Command::Send(arguments) => send_one(&settings, &arguments).await,
             Command::Bench(arguments) => measure(settings.clone(), arguments).await,
-            Command::Check => match check(&settings, &mut io::stdout()).await {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(FAILED, &error),
-            },
+            Command::Check => end(check(&settings, &mut io::stdout()).await),
             Command::Dead(arguments) => look_after_dead_letters(&settings, &arguments).await,
         }
     });
@@ -177,6 +197,14 @@ impl StopSignals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+}
+
+/// For what can only work or fail.
+fn end(ended: Result<(), impl std::error::Error>) -> ExitCode {
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(FAILED, &error),
     }
 }
 

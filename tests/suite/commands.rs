@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use composite_start::version::{COMMIT, FEATURES};
 use serde_json::Value;
 
 use crate::harness::{Ended, PROGRAM, Space, amqp_url, body, entry, run};
@@ -238,7 +239,37 @@ fn check_with_file_alone(path: &str) -> String {
 }
 
 #[tokio::test]
-async fn the_version_is_that_of_the_package() {
-    let ended = run(&["--version"], &[], "").await;
-    assert_eq!((ended.code, ended.stdout), (Some(0), format!("composite-start {}\n", env!("CARGO_PKG_VERSION"))));
+async fn the_version_is_that_of_the_package_and_names_commit_and_features() {
+    let told = run(&["--version"], &[], "").await;
+    let told = told.stdout.trim_end();
+    assert_eq!(told, format!("composite-start {} (commit {COMMIT}, features: {FEATURES})", env!("CARGO_PKG_VERSION")));
+    assert!(COMMIT == "unknown" || COMMIT.bytes().all(|byte| byte.is_ascii_hexdigit()), "{COMMIT}");
+}
+
+/// With a setting that every other command stops at.
+#[tokio::test]
+async fn completions_and_manual_pages_name_every_command_and_need_no_settings() {
+    let space = Space::new();
+    let wrong = [("amqp.prefetch", "0")];
+    let completions = space.run(&["completions", "bash"], &wrong, "").await;
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("pages");
+    let manual = space.run(&["man", pages.to_str().unwrap()], &wrong, "").await;
+    for ended in [&completions, &manual] {
+        assert_eq!((ended.code, &*ended.stderr), (Some(0), ""));
+    }
+    for command in ["worker", "send", "bench", "check", "dead", "completions", "man"] {
+        assert!(completions.stdout.contains(&format!("composite__start,{command})")), "{}", completions.stdout);
+        let page = std::fs::read_to_string(pages.join(format!("composite-start-{command}.1"))).unwrap();
+        assert!(page.contains(&format!(".TH composite-start-{command} 1")), "{page}");
+    }
+    assert!(pages.join("composite-start.1").exists());
+}
+
+#[tokio::test]
+async fn a_folder_that_cannot_hold_manual_pages_is_named() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let ended = run(&["man", path], &[], "").await;
+    assert_eq!((ended.code, ended.stderr), (Some(1), format!("composite-start: {path}: File exists (os error 17)\n")));
 }
