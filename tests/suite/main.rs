@@ -12,6 +12,7 @@ mod crash_points;
 mod cuts;
 mod dead_command;
 mod dead_letters;
+mod deployment;
 mod harness;
 mod http;
 mod lanes;
