@@ -1,6 +1,6 @@
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test check chaos bench micro settings fuzz deny
+.PHONY: help demo test check chaos bench micro settings fuzz deny deb
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -34,3 +34,6 @@ deny: ## licences, sources, bans and known advisories of the dependencies
 
 fuzz: ## any bytes as messages, FUZZ_SECONDS=60 for each target of fuzz/
 	@scripts/fuzz $(FUZZ_SECONDS)
+
+deb: ## the Debian package; `scripts/deb test` tries it
+	@scripts/deb
