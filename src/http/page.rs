@@ -36,7 +36,7 @@ fn head() -> String {
          <meta name=color-scheme content=\"light dark\"><meta http-equiv=refresh content={REFRESH_SECONDS}>\
          <title>composite-start</title><style>{STYLE}</style></head><body><main><h1>composite-start \
          <small>{}</small></h1>",
-        env!("CARGO_PKG_VERSION")
+        crate::version::BUILD
     )
 }
 

@@ -10,6 +10,7 @@ use prometheus::{
 };
 
 use crate::store::{Found, Object};
+use crate::version;
 
 /// Upper bounds in seconds: 1-2-5 steps from half a millisecond to ten seconds, and what a held request may take.
 const SECONDS: [f64; 16] =
@@ -115,8 +116,8 @@ impl Metrics {
         let stages = new.histograms("stage_seconds", "Time of one batch in one stage.", "stage", &SECONDS);
         let reconnects =
             new.counters("reconnects_total", "Connections lost, or not to be had, by server.", &["server"]);
-        let build = new.gauges("build_info", "1; the labels tell what runs.", &["version"]);
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let build = new.gauges("build_info", "1; the labels tell what runs.", &["version", "commit", "features"]);
+        build.with_label_values(&[version::VERSION, version::COMMIT, version::FEATURES]).set(1);
         let redis_errors = new.counters("redis_errors_total", "Errors of Redis, by kind.", &["kind"]);
         for kind in ERROR_KINDS {
             redis_errors.with_label_values(&[kind]);
