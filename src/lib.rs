@@ -23,6 +23,7 @@
 pub mod amqp;
 mod clock;
 pub mod command;
+mod credentials;
 mod escape;
 mod fault;
 pub mod http;

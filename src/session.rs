@@ -149,7 +149,7 @@ impl Session {
         store.connect().await?;
         monitor.health.works(|parts| parts.redis = true);
         let request_bytes = settings.limits.body_bytes.saturating_mul(settings.amqp.prefetch.into());
-        let mut broker = Broker::connect(&settings.amqp.url, request_bytes).await?;
+        let mut broker = Broker::connect(&settings.amqp, request_bytes).await?;
         monitor.health.works(|parts| (parts.consume_connection, parts.publish_connection) = (true, true));
         let (endpoints, probe) = broker.open(&settings.amqp).await?;
         monitor.health.works(|parts| (parts.publishing, parts.consumer) = (true, true));

@@ -3,11 +3,13 @@
 //! `config/default.toml` is the defaults and the reference in one: it is embedded, so what it says is what holds.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use config::{Config, Environment, File, FileFormat};
 use serde::{Deserialize, Serialize};
 use url::Url;
+
+use crate::credentials::Files;
 
 const DEFAULTS: &str = include_str!("../config/default.toml");
 const ENVIRONMENT_PREFIX: &str = "COMPOSITE_START";
@@ -38,8 +40,18 @@ pub struct Settings {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Amqp {
-    /// `amqp://user:password@host:port/vhost`
+    /// `amqp://user:password@host:port/vhost`, or `amqps://…` for TLS
     pub url: SecretUrl,
+    /// How to say who we are.
+    pub login: Login,
+    /// The password, if the address has none.
+    pub password_file: PathBuf,
+    /// Authorities to trust instead of the system's.
+    pub ca_file: PathBuf,
+    /// The client certificate.
+    pub cert_file: PathBuf,
+    /// Its key.
+    pub key_file: PathBuf,
     /// The request queue.
     pub queue: String,
     /// How the queues are declared.
@@ -58,8 +70,16 @@ pub struct Amqp {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Redis {
-    /// `redis://user:password@host:port/database`
+    /// `redis://user:password@host:port/database`, or `rediss://…` for TLS
     pub url: SecretUrl,
+    /// The password, if the address has none.
+    pub password_file: PathBuf,
+    /// Authorities to trust instead of the system's.
+    pub ca_file: PathBuf,
+    /// The client certificate.
+    pub cert_file: PathBuf,
+    /// Its key.
+    pub key_file: PathBuf,
     /// Begins every key.
     pub key_prefix: String,
 }
@@ -126,6 +146,40 @@ pub struct Log {
     pub filter: String,
 }
 
+impl Amqp {
+    pub(crate) fn files(&self) -> Files<'_> {
+        Files {
+            section: "amqp",
+            ca_file: &self.ca_file,
+            cert_file: &self.cert_file,
+            key_file: &self.key_file,
+            password_file: &self.password_file,
+        }
+    }
+}
+
+impl Redis {
+    pub(crate) fn files(&self) -> Files<'_> {
+        Files {
+            section: "redis",
+            ca_file: &self.ca_file,
+            cert_file: &self.cert_file,
+            key_file: &self.key_file,
+            password_file: &self.password_file,
+        }
+    }
+}
+
+/// `amqp.login`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Login {
+    /// By user and password.
+    Plain,
+    /// By the client certificate.
+    External,
+}
+
 /// `amqp.queue_type`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -179,6 +233,20 @@ impl SecretUrl {
         &self.0
     }
 
+    fn has_user(&self) -> bool {
+        self.parse().is_ok_and(|url| !url.username().is_empty() || url.password().is_some())
+    }
+
+    /// A socket of Redis has its password among the parameters.
+    fn has_password(&self) -> bool {
+        self.parse().is_ok_and(|url| url.password().is_some() || url.query_pairs().any(|(name, _)| name == "pass"))
+    }
+
+    /// Whether TLS is spoken there.
+    pub(crate) fn is_tls(&self) -> bool {
+        self.parse().is_ok_and(|url| matches!(url.scheme(), "amqps" | "rediss"))
+    }
+
     /// The address as it was given, read as a URL.
     fn parse(&self) -> Result<Url, url::ParseError> {
         Url::parse(&self.0)
@@ -228,7 +296,7 @@ impl Serialize for SecretUrl {
 pub struct SettingsError(String);
 
 impl SettingsError {
-    fn new(key: &str, rule: impl fmt::Display) -> Self {
+    pub(crate) fn new(key: &str, rule: impl fmt::Display) -> Self {
         Self(format!("{key}: {rule}"))
     }
 }
@@ -266,10 +334,13 @@ impl Settings {
     /// The rules that a type cannot hold.
     fn check(&self) -> Result<(), SettingsError> {
         check_amqp_url(&self.amqp.url)?;
+        check_files(&self.amqp.files(), &self.amqp.url)?;
+        check_login(&self.amqp)?;
         check_queue(&self.amqp.queue)?;
         check_range("amqp.prefetch", self.amqp.prefetch, 1, u16::MAX)?;
         check_range("amqp.delivery_limit", self.amqp.delivery_limit, 1, 1_000_000)?;
         check_redis_url(&self.redis.url)?;
+        check_files(&self.redis.files(), &self.redis.url)?;
         check_key_prefix(&self.redis.key_prefix)?;
         check_base_uri(&self.reply.base_uri)?;
         check_range("limits.entries", self.limits.entries, 1, 10_000)?;
@@ -290,9 +361,10 @@ fn check_amqp_url(url: &SecretUrl) -> Result<(), SettingsError> {
         SettingsError::new(KEY, format_args!("not an address like amqp://user:password@host:5672/%2f ({error})"))
     })?;
     match parsed.scheme() {
-        "amqp" => {}
-        "amqps" => return Err(SettingsError::new(KEY, "amqps (TLS) is not part of this version; use amqp")),
-        other => return Err(SettingsError::new(KEY, format_args!("begins with {other}://, expected amqp://"))),
+        "amqp" | "amqps" => {}
+        other => {
+            return Err(SettingsError::new(KEY, format_args!("begins with {other}://, expected amqp:// or amqps://")));
+        }
     }
     if parsed.host_str().is_none_or(str::is_empty) {
         return Err(SettingsError::new(KEY, "no host: write amqp://host or amqp://user:password@host:5672/%2f"));
@@ -338,11 +410,51 @@ fn check_redis_url(url: &SecretUrl) -> Result<(), SettingsError> {
     const FORM: &str = "not an address like redis://user:password@host:6379/0";
     let parsed = url.parse().map_err(|error| SettingsError::new(KEY, format_args!("{FORM} ({error})")))?;
     match parsed.scheme() {
-        "redis" | "redis+unix" | "unix" => {}
-        "rediss" => return Err(SettingsError::new(KEY, "rediss (TLS) is not part of this version; use redis")),
-        other => return Err(SettingsError::new(KEY, format_args!("begins with {other}://, expected redis://"))),
+        // What may stand there tells the client to trust any certificate.
+        "rediss" if parsed.fragment().is_some() => {
+            return Err(SettingsError::new(KEY, "nothing may stand behind a #: certificates are always checked"));
+        }
+        "redis" | "rediss" | "redis+unix" | "unix" => {}
+        other => {
+            return Err(SettingsError::new(
+                KEY,
+                format_args!("begins with {other}://, expected redis:// or rediss://"),
+            ));
+        }
     }
     crate::store::check_url(url).map_err(|error| SettingsError::new(KEY, format_args!("{FORM} ({error})")))
+}
+
+/// The files can be used, and go together with the address.
+fn check_files(files: &Files<'_>, url: &SecretUrl) -> Result<(), SettingsError> {
+    if let (Some(key), false) = (files.needs_tls(), url.is_tls()) {
+        let scheme = if files.section == "amqp" { "amqps" } else { "rediss" };
+        let rule = format!("{} is without TLS: begin it with {scheme}://, or take the file out", files.key("url"));
+        return Err(SettingsError::new(&key, rule));
+    }
+    if files.have_password() && url.has_password() {
+        let rule = format!("{} holds a password too: take one of the two out", files.key("url"));
+        return Err(SettingsError::new(&files.key("password_file"), rule));
+    }
+    files.read().map(drop)
+}
+
+/// What the broker would not look at is refused: somebody may believe that it counts.
+fn check_login(amqp: &Amqp) -> Result<(), SettingsError> {
+    const KEY: &str = "amqp.login";
+    if amqp.login == Login::Plain {
+        return Ok(());
+    }
+    let files = amqp.files();
+    if !files.have_identity() {
+        return Err(SettingsError::new(KEY, "external is by client certificate: set amqp.cert_file and amqp.key_file"));
+    }
+    if files.have_password() || amqp.url.has_user() {
+        let rule = "external takes the name from the certificate: take user and password out of amqp.url, and \
+                    amqp.password_file";
+        return Err(SettingsError::new(KEY, rule));
+    }
+    Ok(())
 }
 
 fn check_key_prefix(prefix: &str) -> Result<(), SettingsError> {
@@ -456,13 +568,18 @@ mod tests {
             ("[amqp]\nurl = \"localhost\"", &[], "amqp.url"),
             ("[amqp]\nurl = 5", &[], "amqp.url"),
             ("[amqp]\nurl = \"http://h\"", &[], "amqp.url"),
-            ("[amqp]\nurl = \"amqps://h\"", &[], "amqp.url"),
             ("[amqp]\nurl = \"amqp://h/\"", &[], "amqp.url: names an empty virtual host"),
             ("[amqp]\nurl = \"amqp://h/?heartbeat=5\"", &[], "amqp.url: names an empty virtual host"),
             ("[amqp]\nurl = \"amqp://h/%2f?frame_max=1\"", &[], "amqp.url: unknown parameter \"frame_max\""),
             ("[amqp]\nurl = \"amqp://h/%2f?heartbeat=0\"", &[], "amqp.url: heartbeat"),
-            ("[redis]\nurl = \"rediss://h\"", &[], "redis.url"),
+            ("[redis]\nurl = \"rediss://h/#insecure\"", &[], "redis.url: nothing may stand behind a #"),
             ("[redis]\nurl = \"redis://h/notanumber\"", &[], "redis.url"),
+            ("[amqp]\nca_file = \"x\"", &[], "amqp.ca_file: amqp.url is without TLS"),
+            ("[redis]\nkey_file = \"x\"", &[], "redis.key_file: redis.url is without TLS"),
+            ("[amqp]\npassword_file = \"x\"", &[], "amqp.password_file: amqp.url holds a password too"),
+            ("[redis]\nurl = \"unix:///s?pass=p\"\npassword_file = \"x\"", &[], "redis.password_file: redis.url holds"),
+            ("[amqp]\nlogin = \"external\"", &[], "amqp.login: external is by client certificate"),
+            ("[amqp]\nlogin = \"anonymous\"", &[], "amqp.login"),
             ("[redis]\nkey_prefix = \"a{b}\"", &[], "redis.key_prefix"),
             ("[store]\non_found = \"overwrite\"", &[], "store.on_found"),
             ("[reply]\nbase_uri = \"/x/\"", &[], "reply.base_uri"),

@@ -98,7 +98,7 @@ impl DeadLetters {
     /// # Errors
     /// It does not exist, or the broker does not answer as it should.
     pub async fn open(settings: &Settings) -> Result<Self, TopologyError> {
-        let link = Link::connect(&settings.url, "composite-start dead", &Allowance::unlimited()).await?;
+        let link = Link::connect(settings, "composite-start dead", &Allowance::unlimited()).await?;
         let connection = link.connection();
         let taking = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
         let sending = confirming_channel(connection).await?;

@@ -59,7 +59,8 @@ impl GuardedTokio {
     }
 }
 
-type Socket = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+/// What a guard stands before: bytes as they come, or what TLS makes of them.
+pub(super) type Socket = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
 impl RuntimeKit for GuardedTokio {}
 

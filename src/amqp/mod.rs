@@ -4,11 +4,12 @@
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
 //! ends one for good, `cork` keeps a batch of replies in one write, `probe` asks whether anybody is there. Nothing here
 //! decides what becomes of a message. `requester` and `wire` are the other side: one request, and very many.
-//! `dead_letters` is for a person's hand.
+//! `dead_letters` is for a person's hand, `address` is where the broker is, with TLS and login.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
 pub mod acknowledger;
+mod address;
 mod allowance;
 pub mod consumer;
 mod cork;
@@ -30,14 +31,14 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
-use lapin::tcp::{AMQPUriTcpExt, TLSConfig};
-use lapin::uri::AMQPUri;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties, ErrorKind, Event};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::credentials::{hint_when_cut_off, hint_when_silent, tls_failure};
 use crate::settings::{Amqp as Settings, SecretUrl};
 use acknowledger::Acknowledger;
+use address::Address;
 use allowance::Allowance;
 use consumer::Consumer;
 use cork::Cork;
@@ -77,7 +78,10 @@ impl fmt::Display for Cause {
             Self::Silent(limit) => write!(f, "no answer in {} s", limit.as_secs()),
             Self::Other(text) => f.write_str(text),
             Self::Lapin(error) => match error.kind() {
-                ErrorKind::IOError(error) => write!(f, "{error}"),
+                ErrorKind::IOError(error) => match tls_failure(&**error, "amqp") {
+                    Some(failure) => f.write_str(&failure),
+                    None => write!(f, "{error}"),
+                },
                 ErrorKind::ProtocolError(error) => f.write_str(error.get_message().as_str()),
                 ErrorKind::MissingHeartbeatError => f.write_str("no sign of life within two heartbeats"),
                 _ => write!(f, "{error}"),
@@ -100,6 +104,17 @@ impl BrokerError {
         Self { doing: doing.into(), cause: Cause::Other(cause.into()) }
     }
 
+    /// The same, of a connection that was not of any use yet: it may have come to the wrong port.
+    fn while_connecting(self, url: &SecretUrl) -> Self {
+        let Self { doing, cause } = self;
+        let hint = match &cause {
+            Cause::Silent(_) => hint_when_silent(url),
+            Cause::Lapin(error) if is_cut_off(error) => hint_when_cut_off(url),
+            _ => "",
+        };
+        if hint.is_empty() { Self { doing, cause } } else { Self::other(doing, format!("{cause}{hint}")) }
+    }
+
     /// The broker's objection to what was being done, if it closed the channel over it: its kind and its words.
     fn objection(&self) -> Option<(&AMQPSoftError, &str)> {
         match &self.cause {
@@ -110,6 +125,18 @@ impl BrokerError {
 
     fn is_not_found(&self) -> bool {
         self.objection().is_some_and(|(kind, _)| *kind == AMQPSoftError::NOTFOUND)
+    }
+}
+
+/// Whether the other side ended the connection without a word of AMQP.
+fn is_cut_off(error: &lapin::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error.kind() {
+        ErrorKind::IOError(error) => {
+            matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+        }
+        ErrorKind::ParsingError(_) => true,
+        _ => false,
     }
 }
 
@@ -161,11 +188,11 @@ impl Broker {
     ///
     /// # Errors
     /// The address (without its password) and the cause.
-    pub async fn connect(url: &SecretUrl, request_bytes: usize) -> Result<Self, BrokerError> {
+    pub async fn connect(settings: &Settings, request_bytes: usize) -> Result<Self, BrokerError> {
         let allowance = Allowance::new(request_bytes);
         Ok(Self {
-            consuming: Link::connect(url, "composite-start consume", &allowance).await?,
-            publishing: Link::connect(url, "composite-start publish", &Allowance::unlimited()).await?,
+            consuming: Link::connect(settings, "composite-start consume", &allowance).await?,
+            publishing: Link::connect(settings, "composite-start publish", &Allowance::unlimited()).await?,
             allowance,
             valve: watch::Sender::new(true),
         })
@@ -274,7 +301,7 @@ impl Valve {
 /// # Errors
 /// What is wrong with the broker.
 pub async fn try_out(settings: &Settings) -> Result<(), TopologyError> {
-    let link = Link::connect(&settings.url, "composite-start check", &Allowance::unlimited()).await?;
+    let link = Link::connect(settings, "composite-start check", &Allowance::unlimited()).await?;
     let examined = topology::examine(&link.connection, settings).await;
     link.close().await;
     examined
@@ -292,29 +319,28 @@ pub(crate) struct Link {
 
 impl Link {
     /// Connects; `name` is what the broker's own pages call it.
-    async fn connect(url: &SecretUrl, name: &str, allowance: &Allowance) -> Result<Self, BrokerError> {
-        let doing = url.to_string();
-        let mut uri: AMQPUri = url.expose().parse().map_err(|error: String| BrokerError::other(&doing, error))?;
-        uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
+    async fn connect(settings: &Settings, name: &str, allowance: &Allowance) -> Result<Self, BrokerError> {
+        let doing = settings.url.to_string();
+        let mut address = Address::read(settings)?;
+        address.uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let owner = Owner::default();
         let (lifeline, allowance) = (owner.lifeline(), allowance.clone());
         let cork = Cork::default();
         let corked = cork.clone();
         let connected = Connection::connector(
-            uri,
+            address.uri.clone(),
             GuardedTokio::current(),
-            async move |uri, _| {
+            async move |_, _| {
                 // The guard stands outside of TLS, where frames can be read. The limit is this thread's own: nobody
                 // can end it while it has no socket yet.
-                let runtime = async_rs::Runtime::tokio_current();
-                let socket = uri.connect_with_config_async(TLSConfig::default(), &runtime);
-                let socket = timeout(CONNECT_LIMIT, socket).await.map_err(io::Error::from)??;
+                let socket = timeout(CONNECT_LIMIT, address.connect()).await.map_err(io::Error::from)??;
                 Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone(), corked.clone(), allowance.clone())))
             },
             properties,
         );
-        let connection = within(CONNECT_LIMIT, doing, connected).await?;
+        let connection = within(CONNECT_LIMIT, doing, connected).await;
+        let connection = connection.map_err(|error| error.while_connecting(&settings.url))?;
         Ok(Self { events: connection.events_listener().boxed(), connection, cork, _owner: owner })
     }
 

@@ -8,7 +8,7 @@ use lapin::{BasicProperties, Channel, Confirmation, Consumer};
 use super::allowance::Allowance;
 use super::delivery::PERSISTENT;
 use super::{ANSWER_LIMIT, BrokerError, Link, within};
-use crate::settings::SecretUrl;
+use crate::settings::Amqp as Settings;
 
 /// RabbitMQ's pseudo-queue: replies come straight to the channel that published the request.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
@@ -36,8 +36,8 @@ impl Requester {
     ///
     /// # Errors
     /// The address and the cause.
-    pub async fn connect(url: &SecretUrl) -> Result<Self, BrokerError> {
-        let link = Link::connect(url, "composite-start send", &Allowance::unlimited()).await?;
+    pub async fn connect(settings: &Settings) -> Result<Self, BrokerError> {
+        let link = Link::connect(settings, "composite-start send", &Allowance::unlimited()).await?;
         let channel = within(ANSWER_LIMIT, "open a channel", link.connection().create_channel()).await?;
         within(ANSWER_LIMIT, "confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         let consumed = channel.basic_consume(

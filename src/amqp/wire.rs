@@ -21,8 +21,9 @@ use lapin::uri::AMQPUri;
 use self::frame::{Fields, FieldsError, long, method, short};
 pub use self::reader::{Event, Reader, Reply};
 pub use self::writer::{Flushed, Writer};
+use super::address::Address;
 use super::{ANSWER_LIMIT, BrokerError, CLOSE_LIMIT, CONNECT_LIMIT};
-use crate::settings::SecretUrl;
+use crate::settings::Amqp as Settings;
 
 /// How long a read or a write keeps its thread from looking at the clock.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -73,14 +74,14 @@ struct Queue {
 }
 
 impl Wire {
-    /// Connects, looks whether `queue` is there and workers take from it, and gets ready for replies. Requests are
-    /// kept by the broker over a restart if `persistent`.
+    /// Connects without TLS, looks whether the request queue is there and workers take from it, and gets ready for
+    /// replies. Requests are kept by the broker over a restart if `persistent`.
     ///
     /// # Errors
     /// The address and the cause, or what is wrong with the queue.
-    pub fn connect(url: &SecretUrl, queue: &str, persistent: bool) -> Result<Self, BrokerError> {
-        let doing = url.to_string();
-        let uri: AMQPUri = url.expose().parse().map_err(|error: String| BrokerError::other(&doing, error))?;
+    pub fn connect(settings: &Settings, persistent: bool) -> Result<Self, BrokerError> {
+        let (doing, queue) = (settings.url.to_string(), &*settings.queue);
+        let Address { uri, .. } = Address::read(settings)?;
         let mut dialogue = connect(&uri).map_err(|cause| BrokerError::other(&doing, cause))?;
         let frame_bytes = dialogue.log_in(&uri, &doing)?;
         let found = dialogue.find(queue)?;

@@ -100,7 +100,7 @@ pub enum Verdict {
 /// Why there is nothing to report.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// The arguments do not go together.
+    /// The arguments do not go together, or not with the settings.
     #[error("{0}")]
     Arguments(String),
     /// The broker could not be reached, has no such queue, or went away.
@@ -176,6 +176,9 @@ impl<'a> Run<'a> {
         arguments: &'a BenchArguments,
         stop: &'a AtomicBool,
     ) -> Result<Self, BenchError> {
+        if settings.amqp.url.is_tls() {
+            return Err(BenchError::Arguments("amqp.url: bench speaks plain AMQP only, without TLS".to_owned()));
+        }
         if arguments.rate.is_none() && arguments.outstanding < arguments.connections {
             return Err(BenchError::Arguments("--outstanding: must be at least --connections".to_owned()));
         }
@@ -192,8 +195,7 @@ impl<'a> Run<'a> {
     }
 
     fn connect(&self) -> Result<Vec<Wire>, BrokerError> {
-        let amqp = &self.settings.amqp;
-        let connect = |_| Wire::connect(&amqp.url, &amqp.queue, self.arguments.persistent);
+        let connect = |_| Wire::connect(&self.settings.amqp, self.arguments.persistent);
         (0..self.arguments.connections).map(connect).collect()
     }
 

@@ -79,7 +79,7 @@ pub async fn send(
 }
 
 async fn request(settings: &Settings, arguments: &SendArguments, body: &[u8]) -> Result<Answer, BrokerError> {
-    let mut requester = Requester::connect(&settings.amqp.url).await?;
+    let mut requester = Requester::connect(&settings.amqp).await?;
     let answer =
         requester.request(&settings.amqp.queue, body, arguments.message_id.as_deref(), &arguments.headers).await;
     requester.close().await;

@@ -12,15 +12,20 @@ pub mod script;
 pub mod tree;
 
 use std::collections::HashMap;
+use std::io::{self, ErrorKind};
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
-use redis::{AsyncConnectionConfig, Client, Cmd, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, Value};
+use redis::{
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline,
+    ProtocolVersion, TlsCertificates, Value,
+};
 use tokio::time::timeout;
 
+use crate::credentials::{Credentials, Identity, below, hint_when_cut_off, hint_when_silent, tls_failure};
 use crate::fault::{self, Point};
 use crate::settings::{OnFound, Redis as Settings, SecretUrl};
 use script::{Call, FIND_OR_CREATE, read_answer};
@@ -77,6 +82,10 @@ impl Unavailable {
     pub fn kind(&self) -> &str {
         &self.kind
     }
+
+    fn with_hint(self, hint: &str) -> Self {
+        Self { text: self.text + hint, ..self }
+    }
 }
 
 /// One entry failed for a reason that trying again does not change; its neighbours are not touched.
@@ -96,10 +105,9 @@ impl EntryFailure {
 
 /// The store, and its connection while it has one.
 pub struct Store {
-    address: SecretUrl,
-    client: Client,
+    settings: Settings,
+    info: ConnectionInfo,
     connection: Option<MultiplexedConnection>,
-    key_prefix: String,
     on_found: OnFound,
     script: redis::Script,
 }
@@ -115,12 +123,10 @@ impl Store {
     /// # Errors
     /// An address that the client does not take; settings are checked for that before.
     pub fn new(settings: &Settings, on_found: OnFound) -> Result<Self, Unavailable> {
-        let client = connection_info(&settings.url).and_then(Client::open);
         Ok(Self {
-            client: client.map_err(|error| unavailable(&settings.url, &error))?,
-            address: settings.url.clone(),
+            info: connection_info(&settings.url).map_err(|error| unavailable(&settings.url, &error))?,
+            settings: settings.clone(),
             connection: None,
-            key_prefix: settings.key_prefix.clone(),
             on_found,
             script: redis::Script::new(FIND_OR_CREATE),
         })
@@ -128,7 +134,7 @@ impl Store {
 
     /// Begins every key.
     pub fn key_prefix(&self) -> &str {
-        &self.key_prefix
+        &self.settings.key_prefix
     }
 
     /// Connects anew, loads the script, and writes nothing: the server is there, takes the login, the script and writes.
@@ -138,15 +144,25 @@ impl Store {
     /// The store is [`Unavailable`], with its address and the cause.
     pub async fn connect(&mut self) -> Result<(), Unavailable> {
         self.connection = None;
+        let client = client(&self.settings, &self.info)?;
         let connected = timeout(CONNECT_LIMIT, async {
-            let mut connection = self.client.get_multiplexed_async_connection_with_config(&no_limits()).await?;
+            let mut connection = client.get_multiplexed_async_connection_with_config(&no_limits()).await?;
             self.script.load_async(&mut connection).await?;
-            prove_writable(&mut connection, &self.key_prefix).await?;
-            Ok(connection)
+            prove_writable(&mut connection, &self.settings.key_prefix).await?;
+            redis::RedisResult::Ok(connection)
         });
-        let connection = connected.await.map_err(|_| self.silent(CONNECT_LIMIT))?;
-        self.connection = Some(connection.map_err(|error| unavailable(&self.address, &error))?);
-        Ok(())
+        let url = &self.settings.url;
+        match connected.await {
+            Ok(Ok(connection)) => {
+                self.connection = Some(connection);
+                Ok(())
+            }
+            Ok(Err(error)) => {
+                let hint = if was_cut_off(&error) { hint_when_cut_off(url) } else { "" };
+                Err(unavailable(url, &error).with_hint(hint))
+            }
+            Err(_) => Err(self.silent(CONNECT_LIMIT).with_hint(hint_when_silent(url))),
+        }
     }
 
     /// Finds or creates what each call asks for: one result a call, in order.
@@ -245,7 +261,7 @@ impl Store {
         match sent {
             Ok(Ok(answers)) if answers.len() == pipeline.len() => Ok(answers),
             Ok(Ok(_)) => Err(self.strange("another number of answers than calls")),
-            Ok(Err(error)) => Err(unavailable(&self.address, &error)),
+            Ok(Err(error)) => Err(unavailable(&self.settings.url, &error)),
             Err(_) => Err(self.silent(ANSWER_LIMIT)),
         }
     }
@@ -270,18 +286,18 @@ impl Store {
     }
 
     fn silent(&self, limit: Duration) -> Unavailable {
-        let text = format!("{}: no answer in {} s", self.address, limit.as_secs());
+        let text = format!("{}: no answer in {} s", self.settings.url, limit.as_secs());
         Unavailable { text, kind: "timeout".to_owned() }
     }
 
     fn strange(&self, what: &str) -> Unavailable {
         let kind = what.split(' ').next().unwrap_or_default().to_owned();
-        Unavailable { text: format!("{}: {}", self.address, what.trim_end()), kind }
+        Unavailable { text: format!("{}: {}", self.settings.url, what.trim_end()), kind }
     }
 
     /// What asks the same server, over a connection of its own.
     pub(crate) fn probe(&self) -> StoreProbe {
-        StoreProbe { client: self.client.clone(), connection: None, key_prefix: self.key_prefix.clone() }
+        StoreProbe { settings: self.settings.clone(), info: self.info.clone(), connection: None }
     }
 }
 
@@ -292,22 +308,26 @@ async fn prove_writable(connection: &mut MultiplexedConnection, key_prefix: &str
 
 /// Asks the server whether it takes writes, and nothing else.
 pub(crate) struct StoreProbe {
-    client: Client,
+    settings: Settings,
+    info: ConnectionInfo,
     connection: Option<MultiplexedConnection>,
-    key_prefix: String,
 }
 
 impl StoreProbe {
     /// Whether it says so within [`PROBE_LIMIT`].
     pub(crate) async fn answers(&mut self) -> bool {
+        let Self { settings, info, connection } = self;
         let asked = timeout(PROBE_LIMIT, async {
-            let connection = match &mut self.connection {
+            let connection = match connection {
                 Some(connection) => connection,
-                none => none.insert(self.client.get_multiplexed_async_connection_with_config(&no_limits()).await?),
+                none => {
+                    let client = client(settings, info).ok()?;
+                    none.insert(client.get_multiplexed_async_connection_with_config(&no_limits()).await.ok()?)
+                }
             };
-            prove_writable(connection, &self.key_prefix).await
+            prove_writable(connection, &settings.key_prefix).await.ok()
         });
-        let answers = matches!(asked.await, Ok(Ok(())));
+        let answers = matches!(asked.await, Ok(Some(())));
         if !answers {
             self.connection = None;
         }
@@ -414,8 +434,38 @@ fn connection_info(url: &SecretUrl) -> redis::RedisResult<ConnectionInfo> {
     Ok(info.set_tcp_settings(tcp).set_redis_settings(redis))
 }
 
+/// Whether the server ended the connection; the client calls it dropped, too, where there never was one.
+fn was_cut_off(error: &redis::RedisError) -> bool {
+    let never_was = |error: &io::Error| matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound);
+    error.is_connection_dropped() && !below(error).is_some_and(never_was)
+}
+
+/// For the address, with what the files hold now.
+fn client(settings: &Settings, info: &ConnectionInfo) -> Result<Client, Unavailable> {
+    let credentials = settings.files().read().map_err(|error| {
+        let text = format!("{}: {error}", settings.url);
+        Unavailable { text, kind: "connection".to_owned() }
+    })?;
+    client_with(credentials, info.clone()).map_err(|error| unavailable(&settings.url, &error))
+}
+
+fn client_with(credentials: Credentials, mut info: ConnectionInfo) -> redis::RedisResult<Client> {
+    if let Some(password) = credentials.password {
+        let with_password = info.redis_settings().clone().set_password(password);
+        info = info.set_redis_settings(with_password);
+    }
+    if !matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
+        return Client::open(info);
+    }
+    let identity = credentials
+        .identity
+        .map(|Identity { chain, key_pem, .. }| ClientTlsConfig { client_cert: chain.pem, client_key: key_pem });
+    let authorities = credentials.authorities.map(|authorities| authorities.pem);
+    Client::build_with_tls(info, TlsCertificates { client_tls: identity, root_cert: authorities })
+}
+
 fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
-    let text = error.to_string();
+    let text = tls_failure(error, "redis").unwrap_or_else(|| error.to_string());
     let kind = error.code().unwrap_or("connection").to_owned();
     Unavailable { text: format!("{address}: {}", text.lines().next().unwrap_or_default()), kind }
 }
@@ -451,7 +501,7 @@ mod tests {
 
     #[test]
     fn a_pipeline_holds_so_many_calls_or_so_many_bytes_and_never_none() {
-        let settings = Settings { url: "redis://127.0.0.1:1".to_owned().into(), key_prefix: "cs".into() };
+        let settings = crate::settings::Settings::load(None).unwrap().redis;
         let store = Store::new(&settings, OnFound::Merge).unwrap();
         let sizes = |entry: &Entry<'_>, count: usize| {
             let calls: Vec<_> = (0..count).map(|index| (index, call(entry))).collect();

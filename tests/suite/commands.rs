@@ -141,11 +141,19 @@ async fn check_names_the_server_that_does_not_work_and_the_cause_within_five_sec
     let amqp = |port: u16| format!("amqp://guest:hunter2@127.0.0.1:{port}/%2f");
     let redis = |port: u16| format!("redis://:hunter2@127.0.0.1:{port}/0");
     let cases = [
-        ("amqp.url", amqp(closed), format!("broker: amqp://guest:***@127.0.0.1:{closed}/%2f: Connection refused")),
+        (
+            "amqp.url",
+            amqp(closed),
+            format!("broker: amqp://guest:***@127.0.0.1:{closed}/%2f: Connection refused (os error 111)\n"),
+        ),
         ("amqp.url", amqp(mute), format!("broker: amqp://guest:***@127.0.0.1:{mute}/%2f: no answer in ")),
         ("amqp.url", amqp_url().replace(":guest@", ":hunter2@"), "broker: amqp://guest:***@".to_owned()),
         ("amqp.url", amqp_url().replace("%2f", "none"), "broker: amqp://guest:***@".to_owned()),
-        ("redis.url", redis(closed), format!("store: redis://:***@127.0.0.1:{closed}/0: Connection refused")),
+        (
+            "redis.url",
+            redis(closed),
+            format!("store: redis://:***@127.0.0.1:{closed}/0: Connection refused (os error 111)\n"),
+        ),
         ("redis.url", redis(mute), format!("store: redis://:***@127.0.0.1:{mute}/0: no answer in ")),
     ];
     for (key, url, told) in cases {

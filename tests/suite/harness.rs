@@ -42,6 +42,16 @@ pub fn redis_url() -> String {
     server("COMPOSITE_START__REDIS__URL")
 }
 
+/// What `rabbitmqctl` prints.
+pub async fn rabbitmqctl(arguments: &[&str]) -> String {
+    let mut command = Command::new(server("COMPOSITE_START_TEST_RABBITMQCTL"));
+    command.args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let output = soon("rabbitmqctl", output).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// Waits for `future`, at most [`LIMIT`].
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("{what}: not within {} s", LIMIT.as_secs()))

@@ -3,13 +3,12 @@
 //! What must happen at one certain moment is made to: a [`Proxy`] holds the worker there.
 
 use std::collections::HashMap;
-use std::process::Command;
 
 use futures_util::StreamExt;
 use lapin::options::QueueDeleteOptions;
 use redis::aio::MultiplexedConnection;
 
-use crate::harness::{Client, Space, Worker, amqp_url, eventually, redis_url, server, soon};
+use crate::harness::{Client, Space, Worker, amqp_url, eventually, rabbitmqctl, redis_url, soon};
 use crate::load::{Asked, Load, assert_promises_kept};
 use crate::proxy::Proxy;
 
@@ -243,14 +242,6 @@ async fn a_lone_request_is_answered_though_no_other_follows() {
         load.all_answered().await;
     }
     assert_all_went_well(&space, load, [&mut worker]).await;
-}
-
-/// What `rabbitmqctl` prints.
-async fn rabbitmqctl(arguments: &[&str]) -> String {
-    let mut command = Command::new(server("COMPOSITE_START_TEST_RABBITMQCTL"));
-    command.args(arguments);
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap());
-    String::from_utf8(soon("rabbitmqctl", output).await.unwrap().stdout).unwrap()
 }
 
 /// Has the broker close the connections that come through the proxy, as its operator would.

@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
 mod alarm;
+mod authority;
 mod bench;
+mod broker_user;
 mod checker;
 mod commands;
 mod contract;
@@ -30,4 +32,5 @@ mod raw_amqp;
 mod refusals;
 mod store;
 mod store_faults;
+mod tls;
 mod topology;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use composite_start::identity::{Identity, RequestDigest, RequestName};
 use composite_start::request::{Header, Message, Request};
-use composite_start::settings::{Limits, OnFound, Redis as RedisSettings};
+use composite_start::settings::{Limits, OnFound, Redis as RedisSettings, Settings};
 use composite_start::store::keys::Keys;
 use composite_start::store::script::{Call, FIND_OR_CREATE};
 use composite_start::store::{EntryFailure, Found, Object, Store, Unavailable, tree};
@@ -79,7 +79,9 @@ fn store_of(space: &Space) -> Store {
 }
 
 pub(crate) fn store(url: &str, key_prefix: &str, on_found: OnFound) -> Store {
-    Store::new(&RedisSettings { url: url.to_owned().into(), key_prefix: key_prefix.to_owned() }, on_found).unwrap()
+    let settings = Settings::load(None).unwrap().redis;
+    let settings = RedisSettings { url: url.to_owned().into(), key_prefix: key_prefix.to_owned(), ..settings };
+    Store::new(&settings, on_found).unwrap()
 }
 
 async fn results(store: &mut Store, asked: &[Asked]) -> Results {

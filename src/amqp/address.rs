@@ -1,0 +1,61 @@
+//! Where the broker is and how to log in there, as the settings and the files they name say now.
+
+use std::io;
+
+use async_rs::{Runtime, Tokio};
+use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, RustlsConnectorConfig, TLSConfig};
+use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
+
+use super::BrokerError;
+use super::frame_guard::Socket;
+use crate::credentials::Credentials;
+use crate::settings::{Amqp as Settings, Login};
+
+/// The broker's address with all that is needed to log in.
+pub(super) struct Address {
+    pub(super) uri: AMQPUri,
+    tls: Option<RustlsConnector>,
+}
+
+impl Address {
+    /// Reads the files anew.
+    pub(super) fn read(settings: &Settings) -> Result<Self, BrokerError> {
+        let wrong = |cause: String| BrokerError::other(settings.url.to_string(), cause);
+        let credentials = settings.files().read().map_err(|error| wrong(error.to_string()))?;
+        let mut uri: AMQPUri = settings.url.expose().parse().map_err(wrong)?;
+        if settings.login == Login::External {
+            uri.query.auth_mechanism = Some(SASLMechanism::External);
+        }
+        if let Some(password) = &credentials.password {
+            uri.authority.userinfo.password.clone_from(password);
+        }
+        let tls = match uri.scheme {
+            AMQPScheme::AMQP => None,
+            AMQPScheme::AMQPS => Some(connector(credentials).map_err(|error| wrong(format!("TLS: {error}")))?),
+        };
+        Ok(Self { uri, tls })
+    }
+
+    /// A socket on which AMQP can be spoken; the caller sets the limit.
+    pub(super) async fn connect(&self) -> io::Result<Socket> {
+        let runtime: Runtime<Tokio> = Runtime::tokio_current();
+        // lapin's own TLS trusts the system's authorities beside those that it is given.
+        let without_tls = AMQPUri { scheme: AMQPScheme::AMQP, ..self.uri.clone() };
+        let socket = without_tls.connect_with_config_async(TLSConfig::default(), &runtime).await?;
+        match &self.tls {
+            None => Ok(socket),
+            Some(connector) => socket.into_rustls(connector, &self.uri.authority.host).await,
+        }
+    }
+}
+
+fn connector(credentials: Credentials) -> io::Result<RustlsConnector> {
+    let config = match credentials.authorities {
+        Some(authorities) => RustlsConnectorConfig::default().with_parsable_certificates(authorities.parsed),
+        None => RustlsConnectorConfig::new_with_native_certs()?,
+    };
+    match credentials.identity {
+        Some(identity) => config.connector_with_single_cert(identity.chain.parsed, identity.key),
+        None => config.connector_with_no_client_auth(),
+    }
+}
