@@ -24,6 +24,7 @@ mod model;
 mod odd_messages;
 mod poison;
 mod private_redis;
+mod privileges;
 mod properties;
 mod proxy;
 mod proxy_tests;
