@@ -18,6 +18,7 @@
 //! - [`lanes`]: several sessions in one process;
 //! - [`amqp`]: everything that knows RabbitMQ, and nothing that decides;
 //! - [`monitor`], [`http`]: what it tells of itself, and where that is served;
+//! - [`server_version`]: which servers are too old;
 //! - [`settings`], [`retry`], [`telemetry`], [`command`], [`version`]: what a program needs besides.
 
 pub mod amqp;
@@ -34,6 +35,7 @@ mod pulse;
 pub mod reply;
 pub mod request;
 pub mod retry;
+pub mod server_version;
 pub mod session;
 pub mod settings;
 pub mod store;

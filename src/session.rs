@@ -18,6 +18,7 @@ use crate::monitor::health::Parts;
 use crate::monitor::metrics::Server;
 use crate::pulse::{Pulse, turn};
 use crate::retry::Delays;
+use crate::server_version::{TooOld, Version};
 use crate::settings::{QueueType, Settings};
 use crate::store::{Store, Unavailable};
 use crate::worker::{InHand, Stopped, Worker, stopped};
@@ -38,6 +39,9 @@ pub enum RunError {
     /// At the start the queues were not as the settings want them.
     #[error("{0}")]
     Topology(String),
+    /// At the start a server was older than what a worker needs.
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
     /// The system gave no thread for a lane.
     #[error("worker.lanes: {0}")]
     Thread(io::Error),
@@ -82,7 +86,13 @@ async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Recei
                 outage.ends();
                 delays.works();
                 has_worked = true;
-                info!(queue = settings.amqp.queue, prefetch = settings.amqp.prefetch, "consuming");
+                info!(
+                    queue = settings.amqp.queue,
+                    prefetch = settings.amqp.prefetch,
+                    rabbitmq = session.rabbitmq.as_str(),
+                    redis = store.version().as_str(),
+                    "consuming"
+                );
                 match session.run(settings, &mut store, monitor, stop.clone()).await {
                     End::Drained => return Ok(()),
                     End::NotDrained { left } => return Err(RunError::NotDrained { left }),
@@ -92,6 +102,9 @@ async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Recei
             // Once it has worked, a queue that is not as it was may be so again: a node of a cluster comes back.
             Err(OpenError::Topology(TopologyError::Unusable(line))) if !has_worked => {
                 return Err(RunError::Topology(line));
+            }
+            Err(OpenError::TooOld(too_old) | OpenError::Store(Unavailable::TooOld(too_old))) if !has_worked => {
+                return Err(too_old.into());
             }
             Err(error) => error.to_string(),
         };
@@ -105,6 +118,7 @@ async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Recei
 
 /// One life of the connections.
 struct Session {
+    rabbitmq: Version,
     broker: Broker,
     endpoints: Endpoints,
     probe: Probe,
@@ -114,6 +128,8 @@ struct Session {
 enum OpenError {
     #[error(transparent)]
     Store(#[from] Unavailable),
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
     #[error(transparent)]
     Broker(#[from] BrokerError),
     #[error(transparent)]
@@ -137,7 +153,7 @@ impl Session {
                 monitor.metrics().redis_error(error.kind());
                 monitor.metrics().disconnected(Server::Redis);
             }
-            Err(OpenError::Broker(_) | OpenError::Topology(_)) => {
+            Err(OpenError::Broker(_) | OpenError::Topology(_) | OpenError::TooOld(_)) => {
                 monitor.health.works(|parts| *parts = Parts { redis: parts.redis, ..Parts::NONE });
                 monitor.metrics().disconnected(Server::RabbitMq);
             }
@@ -151,9 +167,10 @@ impl Session {
         let request_bytes = settings.limits.body_bytes.saturating_mul(settings.amqp.prefetch.into());
         let mut broker = Broker::connect(&settings.amqp, request_bytes).await?;
         monitor.health.works(|parts| (parts.consume_connection, parts.publish_connection) = (true, true));
+        let rabbitmq = broker.version()?;
         let (endpoints, probe) = broker.open(&settings.amqp).await?;
         monitor.health.works(|parts| (parts.publishing, parts.consumer) = (true, true));
-        Ok(Self { broker, endpoints, probe })
+        Ok(Self { rabbitmq, broker, endpoints, probe })
     }
 
     async fn run(
@@ -168,7 +185,7 @@ impl Session {
             stopped(stop.clone()).await;
             sleep(Duration::from_secs(settings.worker.drain_seconds)).await;
         };
-        let Self { mut broker, mut endpoints, probe } = self;
+        let Self { mut broker, mut endpoints, probe, .. } = self;
         let valve = endpoints.valve.clone();
         let pulse = Pulse { store: store.probe(), broker: &probe, valve, in_hand: &in_hand, monitor };
         let worker = Worker::new(settings, store, &mut endpoints, &in_hand, monitor);

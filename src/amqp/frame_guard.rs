@@ -7,7 +7,7 @@
 //!
 //! So each content header is looked at here before lapin sees it. One that lapin could not read is replaced by a
 //! header that says why, in [`UNREADABLE`]; the request is then refused like any other bad request. Everything else
-//! passes as it came.
+//! passes as it came. On the way what the broker says of itself is overheard.
 //!
 //! ```text
 //! broker ──▶ socket ──▶ [ Guarded ] ──▶ lapin
@@ -33,6 +33,7 @@ use lapin::AsyncTcpStream;
 
 use super::allowance::Allowance;
 use super::cork::Cork;
+use super::greeting::Greeting;
 use super::lifeline::Lifeline;
 
 /// The header under which a replaced content header says what was wrong with the one it replaces.
@@ -101,7 +102,8 @@ impl Reactor for GuardedTokio {
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         self.0.tcp_connect_addr(addr).map_ok(|stream| {
-            Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), Cork::default(), Allowance::unlimited())
+            let (cork, allowance, greeting) = (Cork::default(), Allowance::unlimited(), Greeting::default());
+            Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), cork, allowance, greeting)
         })
     }
 }
@@ -117,8 +119,8 @@ pub(super) struct Guarded<S> {
 }
 
 impl<S> Guarded<S> {
-    pub(super) fn new(stream: S, lifeline: Lifeline, cork: Cork, allowance: Allowance) -> Self {
-        Self { stream, lifeline, cork, buffer: Buffer::new(allowance) }
+    pub(super) fn new(stream: S, lifeline: Lifeline, cork: Cork, allowance: Allowance, greeting: Greeting) -> Self {
+        Self { stream, lifeline, cork, buffer: Buffer::new(allowance, greeting) }
     }
 }
 
@@ -193,14 +195,15 @@ struct Buffer {
     /// This many bytes behind `looked` belong to a frame that passes as it comes.
     passing: usize,
     allowance: Allowance,
+    greeting: Greeting,
     /// Behind `looked` is the header of a message that the allowance does not cover now.
     has_message_waiting: bool,
 }
 
 impl Buffer {
-    fn new(allowance: Allowance) -> Self {
+    fn new(allowance: Allowance, greeting: Greeting) -> Self {
         let bytes = vec![0; READ_BYTES];
-        Self { bytes, start: 0, looked: 0, end: 0, passing: 0, allowance, has_message_waiting: false }
+        Self { bytes, start: 0, looked: 0, end: 0, passing: 0, allowance, greeting, has_message_waiting: false }
     }
 
     /// Moves what has been looked at to `out`; the number of bytes moved.
@@ -259,11 +262,24 @@ impl Buffer {
             }
             self.looked += match frame.kind {
                 FrameHead::METHOD => {
-                    mend_deliver(&mut self.bytes[payload]);
+                    self.look_at_method(payload);
                     frame.whole
                 }
                 _ => self.mend_content_header(frame, payload),
             };
+        }
+    }
+
+    fn look_at_method(&mut self, payload: Range<usize>) {
+        const CONNECTION_START: [u8; 4] = [0, 10, 0, 10];
+        const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
+        const BASIC_GET_OK: [u8; 4] = [0, 60, 0, 71];
+        const DELIVERY_TAG_AND_REDELIVERED: usize = 9;
+        match self.bytes[payload].split_first_chunk_mut() {
+            Some((&mut BASIC_DELIVER, arguments)) => mend_texts(arguments, &[0, DELIVERY_TAG_AND_REDELIVERED, 0]),
+            Some((&mut BASIC_GET_OK, arguments)) => mend_texts(arguments, &[DELIVERY_TAG_AND_REDELIVERED, 0]),
+            Some((&mut CONNECTION_START, arguments)) => self.greeting.hear(arguments),
+            _ => {}
         }
     }
 
@@ -306,22 +322,18 @@ impl FrameHead {
 }
 
 /// A `basic.deliver` or `basic.get-ok` names exchange and routing key, which a producer chose. They are not used by this
-/// program, so in one that is not UTF-8 the odd bytes become `?`.
-fn mend_deliver(payload: &mut [u8]) {
-    const DELIVERY_TAG_AND_REDELIVERED: usize = 9;
-    let (mut at, gaps): (usize, &[usize]) = match payload {
-        [0, 60, 0, 60, ..] => (4, &[DELIVERY_TAG_AND_REDELIVERED, 0, 0]),
-        [0, 60, 0, 71, ..] => (4 + DELIVERY_TAG_AND_REDELIVERED, &[0, 0]),
-        _ => return,
-    };
+/// program, so in one that is not UTF-8 the odd bytes become `?`. `gaps` are the bytes before each of its texts.
+fn mend_texts(arguments: &mut [u8], gaps: &[usize]) {
     // Text by text: the length of one and the first byte of it may look like a character together.
-    for behind in gaps {
-        let Some(length) = payload.get(at).copied().map(usize::from) else { return };
-        let Some(text) = payload.get_mut(at + 1..at + 1 + length) else { return };
+    let mut at = 0;
+    for gap in gaps {
+        at += gap;
+        let Some(length) = arguments.get(at).copied().map(usize::from) else { return };
+        let Some(text) = arguments.get_mut(at + 1..at + 1 + length) else { return };
         if std::str::from_utf8(text).is_err() {
             text.iter_mut().filter(|byte| !byte.is_ascii()).for_each(|byte| *byte = b'?');
         }
-        at += 1 + length + behind;
+        at += 1 + length;
     }
 }
 
@@ -478,7 +490,7 @@ fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
 /// The door of `fuzz/`, a crate of its own: what lapin reads where `stream` is the socket.
 #[cfg(fuzzing)]
 pub fn guarded<S: AsyncRead + Unpin>(stream: S) -> impl AsyncRead + Unpin {
-    Guarded::new(stream, Lifeline::default(), Cork::default(), Allowance::unlimited())
+    Guarded::new(stream, Lifeline::default(), Cork::default(), Allowance::unlimited(), Greeting::default())
 }
 
 #[cfg(test)]

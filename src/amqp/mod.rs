@@ -2,9 +2,9 @@
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
-//! ends one for good, `cork` keeps a batch of replies in one write, `probe` asks whether anybody is there. Nothing here
-//! decides what becomes of a message. `requester` and `wire` are the other side: one request, and very many.
-//! `dead_letters` is for a person's hand, `address` is where the broker is, with TLS and login.
+//! ends one for good, `cork` keeps a batch of replies in one write, `greeting` tells the broker's version, `probe` asks
+//! whether anybody is there. Nothing here decides what becomes of a message. `requester` and `wire` are the other side:
+//! one request, and very many. `dead_letters` is for a person's hand, `address` is where the broker is, with TLS and login.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 
@@ -16,6 +16,7 @@ mod cork;
 pub mod dead_letters;
 pub mod delivery;
 pub mod frame_guard;
+mod greeting;
 mod lifeline;
 mod probe;
 pub mod publisher;
@@ -36,6 +37,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::credentials::{hint_when_cut_off, hint_when_silent, tls_failure};
+use crate::server_version::{RABBITMQ, TooOld, Version};
 use crate::settings::{Amqp as Settings, SecretUrl};
 use acknowledger::Acknowledger;
 use address::Address;
@@ -43,6 +45,7 @@ use allowance::Allowance;
 use consumer::Consumer;
 use cork::Cork;
 use frame_guard::{Guarded, GuardedTokio};
+use greeting::Greeting;
 use lifeline::Owner;
 pub use probe::Probe;
 use publisher::Publisher;
@@ -198,6 +201,14 @@ impl Broker {
         })
     }
 
+    /// The broker's version.
+    ///
+    /// # Errors
+    /// It is too old for the queues that a worker needs.
+    pub fn version(&self) -> Result<Version, TooOld> {
+        self.publishing.version()
+    }
+
     /// Puts the queues in order, waits until the broker takes what is published, and starts consuming.
     ///
     /// # Errors
@@ -300,9 +311,12 @@ impl Valve {
 ///
 /// # Errors
 /// What is wrong with the broker.
-pub async fn try_out(settings: &Settings) -> Result<(), TopologyError> {
+pub async fn try_out(settings: &Settings) -> Result<Version, TopologyError> {
     let link = Link::connect(settings, "composite-start check", &Allowance::unlimited()).await?;
-    let examined = topology::examine(&link.connection, settings).await;
+    let examined = match link.version() {
+        Ok(version) => topology::examine(&link.connection, settings).await.map(|()| version),
+        Err(too_old) => Err(too_old.into()),
+    };
     link.close().await;
     examined
 }
@@ -311,9 +325,11 @@ type Events = BoxStream<'static, Event>;
 
 /// One connection and what happens to it; over when dropped.
 pub(crate) struct Link {
+    address: SecretUrl,
     connection: Connection,
     events: Events,
     cork: Cork,
+    greeting: Greeting,
     _owner: Owner,
 }
 
@@ -326,8 +342,8 @@ impl Link {
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let owner = Owner::default();
         let (lifeline, allowance) = (owner.lifeline(), allowance.clone());
-        let cork = Cork::default();
-        let corked = cork.clone();
+        let (cork, greeting) = (Cork::default(), Greeting::default());
+        let (corked, overheard) = (cork.clone(), greeting.clone());
         let connected = Connection::connector(
             address.uri.clone(),
             GuardedTokio::current(),
@@ -335,17 +351,23 @@ impl Link {
                 // The guard stands outside of TLS, where frames can be read. The limit is this thread's own: nobody
                 // can end it while it has no socket yet.
                 let socket = timeout(CONNECT_LIMIT, address.connect()).await.map_err(io::Error::from)??;
-                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline.clone(), corked.clone(), allowance.clone())))
+                let (lifeline, cork, allowance) = (lifeline.clone(), corked.clone(), allowance.clone());
+                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline, cork, allowance, overheard.clone())))
             },
             properties,
         );
         let connection = within(CONNECT_LIMIT, doing, connected).await;
         let connection = connection.map_err(|error| error.while_connecting(&settings.url))?;
-        Ok(Self { events: connection.events_listener().boxed(), connection, cork, _owner: owner })
+        let events = connection.events_listener().boxed();
+        Ok(Self { address: settings.url.clone(), connection, events, cork, greeting, _owner: owner })
     }
 
     pub(crate) fn connection(&self) -> &Connection {
         &self.connection
+    }
+
+    fn version(&self) -> Result<Version, TooOld> {
+        RABBITMQ.admit(&self.address, self.greeting.heard())
     }
 
     /// Closes it in good order, or gives up waiting for that; either way it is over then.

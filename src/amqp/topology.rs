@@ -13,6 +13,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Connection, ExchangeKind};
 
 use super::{ANSWER_LIMIT, BrokerError, within};
+use crate::server_version::TooOld;
 use crate::settings::{Amqp as Settings, QueueType};
 
 const DEAD_LETTER_EXCHANGE: &str = "x-dead-letter-exchange";
@@ -51,6 +52,9 @@ pub enum TopologyError {
     /// They exist with other arguments, or do not exist though they should: nothing that waiting mends.
     #[error("{0}")]
     Unusable(String),
+    /// The broker does not know such queues.
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
     /// The broker did not answer as it should.
     #[error(transparent)]
     Broker(#[from] BrokerError),

@@ -26,7 +26,8 @@ pub enum CheckError {
     Output(#[from] io::Error),
 }
 
-/// Tries the broker and the store, both at once, then prints the effective settings as TOML, secrets masked.
+/// Tries the broker and the store, both at once, then prints the servers' versions, as comments, and the effective
+/// settings as TOML, secrets masked.
 ///
 /// # Errors
 /// The first thing that is wrong, within five seconds.
@@ -38,9 +39,11 @@ pub async fn check(settings: &Settings, output: &mut impl Write) -> Result<(), C
             Err(BrokerError::other(settings.amqp.url.to_string(), silent).into())
         })
     };
-    let (broker, store) = tokio::join!(broker, store.connect());
-    broker?;
-    store?;
+    let (broker, connected) = tokio::join!(broker, store.connect());
+    let rabbitmq = broker?;
+    connected?;
+    // Quoted as the settings are: a server may say anything.
+    write!(output, "# rabbitmq = {:?}\n# redis = {:?}\n", rabbitmq.as_str(), store.version().as_str())?;
     output.write_all(settings.to_toml().as_bytes())?;
     Ok(())
 }

@@ -127,6 +127,7 @@ impl From<TopologyError> for DeadError {
     fn from(error: TopologyError) -> Self {
         match error {
             TopologyError::Unusable(text) => Self::Unusable(text),
+            TopologyError::TooOld(too_old) => Self::Unusable(too_old.to_string()),
             TopologyError::Broker(error) => Self::Broker(error),
         }
     }

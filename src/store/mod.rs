@@ -27,6 +27,7 @@ use tokio::time::timeout;
 
 use crate::credentials::{Credentials, Identity, below, hint_when_cut_off, hint_when_silent, tls_failure};
 use crate::fault::{self, Point};
+use crate::server_version::{Introduction, REDIS, TooOld, Version};
 use crate::settings::{OnFound, Redis as Settings, SecretUrl};
 use script::{Call, FIND_OR_CREATE, read_answer};
 
@@ -69,22 +70,36 @@ pub struct Object {
     pub created: bool,
 }
 
-/// The store cannot be reached or cannot work at present: the world's fault. Nothing is lost by trying again.
+/// The store cannot be worked with: the world's fault. Nothing is lost by trying again.
 #[derive(Debug, thiserror::Error)]
-#[error("{text}")]
-pub struct Unavailable {
-    text: String,
-    kind: String,
+pub enum Unavailable {
+    /// It cannot be reached, or cannot work at present.
+    #[error("{text}")]
+    Away {
+        /// The address and the cause.
+        text: String,
+        /// `connection`, `timeout`, or the server's error code.
+        kind: String,
+    },
+    /// It is there, and only a person can mend that it is too old.
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
 }
 
 impl Unavailable {
     /// `connection`, `timeout`, or the server's error code.
     pub fn kind(&self) -> &str {
-        &self.kind
+        match self {
+            Self::Away { kind, .. } => kind,
+            Self::TooOld(_) => "connection",
+        }
     }
 
     fn with_hint(self, hint: &str) -> Self {
-        Self { text: self.text + hint, ..self }
+        match self {
+            Self::Away { text, kind } => Self::Away { text: text + hint, kind },
+            too_old @ Self::TooOld(_) => too_old,
+        }
     }
 }
 
@@ -108,6 +123,7 @@ pub struct Store {
     settings: Settings,
     info: ConnectionInfo,
     connection: Option<MultiplexedConnection>,
+    version: Version,
     on_found: OnFound,
     script: redis::Script,
 }
@@ -127,6 +143,7 @@ impl Store {
             info: connection_info(&settings.url).map_err(|error| unavailable(&settings.url, &error))?,
             settings: settings.clone(),
             connection: None,
+            version: Version::unknown(),
             on_found,
             script: redis::Script::new(FIND_OR_CREATE),
         })
@@ -137,32 +154,45 @@ impl Store {
         &self.settings.key_prefix
     }
 
-    /// Connects anew, loads the script, and writes nothing: the server is there, takes the login, the script and writes.
-    /// One that is full, a replica, or cannot save to its disk would answer all that reads.
+    /// The version of the server, as it was when it was last connected to.
+    pub fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// Connects anew, loads the script, and writes nothing: the server is there, takes the login, the script and writes,
+    /// and is not too old. One that is full, a replica, or cannot save to its disk would answer all that reads.
     ///
     /// # Errors
     /// The store is [`Unavailable`], with its address and the cause.
     pub async fn connect(&mut self) -> Result<(), Unavailable> {
         self.connection = None;
-        let client = client(&self.settings, &self.info)?;
-        let connected = timeout(CONNECT_LIMIT, async {
-            let mut connection = client.get_multiplexed_async_connection_with_config(&no_limits()).await?;
-            self.script.load_async(&mut connection).await?;
-            prove_writable(&mut connection, &self.settings.key_prefix).await?;
-            redis::RedisResult::Ok(connection)
-        });
         let url = &self.settings.url;
-        match connected.await {
-            Ok(Ok(connection)) => {
+        match timeout(CONNECT_LIMIT, self.connection_that_works()).await {
+            Ok(connected) => {
+                let (connection, version) = connected?;
                 self.connection = Some(connection);
+                self.version = version;
                 Ok(())
-            }
-            Ok(Err(error)) => {
-                let hint = if was_cut_off(&error) { hint_when_cut_off(url) } else { "" };
-                Err(unavailable(url, &error).with_hint(hint))
             }
             Err(_) => Err(self.silent(CONNECT_LIMIT).with_hint(hint_when_silent(url))),
         }
+    }
+
+    /// The caller sets the limit.
+    async fn connection_that_works(&self) -> Result<(MultiplexedConnection, Version), Unavailable> {
+        let url = &self.settings.url;
+        let unavailable = |error| {
+            let hint = if was_cut_off(&error) { hint_when_cut_off(url) } else { "" };
+            unavailable(url, &error).with_hint(hint)
+        };
+        let client = client(&self.settings, &self.info)?;
+        let connected = client.get_multiplexed_async_connection_with_config(&no_limits()).await;
+        let mut connection = connected.map_err(unavailable)?;
+        // Before anything that an old server might fail at.
+        let version = REDIS.admit(url, introduction(&mut connection).await.as_ref())?;
+        self.script.load_async(&mut connection).await.map_err(unavailable)?;
+        prove_writable(&mut connection, &self.settings.key_prefix).await.map_err(unavailable)?;
+        Ok((connection, version))
     }
 
     /// Finds or creates what each call asks for: one result a call, in order.
@@ -287,12 +317,12 @@ impl Store {
 
     fn silent(&self, limit: Duration) -> Unavailable {
         let text = format!("{}: no answer in {} s", self.settings.url, limit.as_secs());
-        Unavailable { text, kind: "timeout".to_owned() }
+        Unavailable::Away { text, kind: "timeout".to_owned() }
     }
 
     fn strange(&self, what: &str) -> Unavailable {
         let kind = what.split(' ').next().unwrap_or_default().to_owned();
-        Unavailable { text: format!("{}: {}", self.settings.url, what.trim_end()), kind }
+        Unavailable::Away { text: format!("{}: {}", self.settings.url, what.trim_end()), kind }
     }
 
     /// What asks the same server, over a connection of its own.
@@ -444,7 +474,7 @@ fn was_cut_off(error: &redis::RedisError) -> bool {
 fn client(settings: &Settings, info: &ConnectionInfo) -> Result<Client, Unavailable> {
     let credentials = settings.files().read().map_err(|error| {
         let text = format!("{}: {error}", settings.url);
-        Unavailable { text, kind: "connection".to_owned() }
+        Unavailable::Away { text, kind: "connection".to_owned() }
     })?;
     client_with(credentials, info.clone()).map_err(|error| unavailable(&settings.url, &error))
 }
@@ -464,10 +494,21 @@ fn client_with(credentials: Credentials, mut info: ConnectionInfo) -> redis::Red
     Client::build_with_tls(info, TlsCertificates { client_tls: identity, root_cert: authorities })
 }
 
+/// What the server says it is. `INFO` would tell it too, and is a right that a login may lack; `HELLO` needs none. An
+/// error is taken for silence: if the connection is lost, what is asked next will tell.
+async fn introduction(connection: &mut MultiplexedConnection) -> Option<Introduction> {
+    let mut answer: HashMap<String, Value> = redis::cmd("HELLO").arg(3).query_async(connection).await.ok()?;
+    let mut text = |name: &str| redis::from_redis_value(answer.remove(name)?).ok();
+    Some(Introduction { product: text("server")?, version: text("version")? })
+}
+
 fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
+    if error.kind() == redis::ErrorKind::RESP3NotSupported {
+        return REDIS.too_old(address, "before 6.0").into();
+    }
     let text = tls_failure(error, "redis").unwrap_or_else(|| error.to_string());
     let kind = error.code().unwrap_or("connection").to_owned();
-    Unavailable { text: format!("{address}: {}", text.lines().next().unwrap_or_default()), kind }
+    Unavailable::Away { text: format!("{address}: {}", text.lines().next().unwrap_or_default()), kind }
 }
 
 #[cfg(test)]

@@ -35,3 +35,4 @@ mod store;
 mod store_faults;
 mod tls;
 mod topology;
+mod versions;

@@ -179,6 +179,12 @@ impl Proxy {
         self.fault(|faults| faults.slices = true);
     }
 
+    /// Where the server says one thing the client hears the other, until it is opened. What is said must arrive in one
+    /// piece: a first answer does.
+    pub(crate) fn misquote(&self, said: impl Into<Vec<u8>>, heard: impl Into<Vec<u8>>) {
+        self.fault(|faults| faults.misquoted = Some((said.into(), heard.into())));
+    }
+
     /// All connections that came through to the server, in their order.
     pub(crate) fn passages(&self) -> Vec<Passage> {
         self.state.borrow().connections.iter().map(|connection| connection.passage.clone()).collect()
@@ -219,6 +225,7 @@ struct Faults {
     bytes_per_second: Option<u32>,
     slices: bool,
     cuts: HashMap<(usize, Direction), u64>,
+    misquoted: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -429,7 +436,7 @@ impl Line<'_> {
     async fn take(self, from: ReadHalf<'_>, chunks: mpsc::Sender<Chunk>) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK_BYTES];
         loop {
-            let bytes = read(&from, &mut buffer).await.map(|read| buffer[..read].to_owned());
+            let bytes = read(&from, &mut buffer).await.map(|read| self.quote(&buffer[..read]));
             let is_last = bytes.as_ref().map_or(true, Vec::is_empty);
             if let (Ok(bytes), Direction::ToClient, false) = (&bytes, self.to, is_last) {
                 self.note_words(bytes);
@@ -437,6 +444,17 @@ impl Line<'_> {
             if chunks.send((Instant::now(), bytes)).await.is_err() || is_last {
                 return Ok(());
             }
+        }
+    }
+
+    fn quote(self, bytes: &[u8]) -> Vec<u8> {
+        let state = self.state.borrow();
+        let (Direction::ToClient, Some((said, heard))) = (self.to, &state.faults.misquoted) else {
+            return bytes.to_owned();
+        };
+        match bytes.windows(said.len()).position(|window| window == said) {
+            Some(at) => [&bytes[..at], heard, &bytes[at + said.len()..]].concat(),
+            None => bytes.to_owned(),
         }
     }
 

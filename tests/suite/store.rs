@@ -386,6 +386,7 @@ async fn a_login_that_may_touch_nothing_but_the_three_keys_of_a_service_and_the_
     let mut store = store(&url, &space.key_prefix, OnFound::Merge);
     assert_eq!(created(&found_one(&mut store, &asked("a", "new")).await), [true, true, true]);
     assert_eq!(created(&found_one(&mut store, &asked("b", "busy")).await), [false, true, false]);
+    assert_ne!(store.version().as_str(), "unknown");
     let elsewhere = Asked::new("c", body(&[entry("C2", "booking", "new", "call")]));
     assert!(ask(&mut store, &space.key_prefix, &[elsewhere], NOW).await.is_err(), "the login is not limited");
 }
