@@ -302,10 +302,9 @@ impl Store {
             let failure = || EntryFailure("the script gave an answer it never gives".to_owned());
             return Ok(Answer::Result(read_answer(answer).ok_or_else(failure)));
         };
-        match error.code() {
-            "NOSCRIPT" => Ok(Answer::ScriptForgotten),
-            code => {
-                let details = error.details().unwrap_or_default();
+        match unwrapped(error.code(), error.details().unwrap_or_default()) {
+            ("NOSCRIPT", _) => Ok(Answer::ScriptForgotten),
+            (code, details) => {
                 let text = format!("{code} {details}");
                 if is_the_worlds_fault(code, details) {
                     return Err(self.strange(&text));
@@ -419,6 +418,17 @@ fn rounds(calls: &[(usize, Call<'_>)]) -> Vec<Vec<usize>> {
         }
     }
     rounds
+}
+
+/// What went wrong in the script, of which Redis 6.2 says: `ERR Error running script (call to f_…): @user_script:93:
+/// @user_script: 93: -OOM command not allowed …`.
+fn unwrapped<'a>(code: &'a str, details: &'a str) -> (&'a str, &'a str) {
+    let behind_the_script = details.strip_prefix("Error running script ").and_then(|rest| {
+        let (_, line_and_error) = rest.split_once(": @user_script: ")?;
+        line_and_error.split_once(": ").map(|(_, error)| error)
+    });
+    let Some(error) = behind_the_script else { return (code, details) };
+    error.strip_prefix('-').and_then(|error| error.split_once(' ')).unwrap_or((code, error))
 }
 
 /// Errors that say the server cannot work now or not for us, whatever we ask: waiting, or an operator, mends them.
@@ -554,6 +564,23 @@ mod tests {
         let large = |share: usize| entry("A", "x".repeat(PIPELINE_BYTES / share).leak());
         assert_eq!(sizes(&large(3), 5), [2, 2, 1]);
         assert_eq!(sizes(&large(1), 2), [1, 1]);
+    }
+
+    #[test]
+    fn an_error_in_the_script_is_the_same_whether_redis_wraps_it_or_not() {
+        let wrapped = |error: &str| format!("Error running script (call to f_e6): @user_script:9: {error}");
+        let unwrapped = |details: &str| {
+            let (code, details) = unwrapped("ERR", details);
+            (code.to_owned(), details.to_owned())
+        };
+        let expected = |code: &str, details: &str| (code.to_owned(), details.to_owned());
+        let aof = "Errors writing to the AOF file: No space left on device";
+        assert_eq!(unwrapped(&wrapped(&format!("@user_script: 9: -MISCONF {aof}"))), expected("MISCONF", aof));
+        let acl = "The user executing the script can't run this command or subcommand";
+        assert_eq!(unwrapped(&wrapped(&format!("@user_script: 9: {acl}"))), expected("ERR", acl));
+        for details in [&*wrapped("WRONGTYPE Operation against a key"), "value is not an integer", ""] {
+            assert_eq!(unwrapped(details), expected("ERR", details));
+        }
     }
 
     #[test]
