@@ -104,7 +104,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    pub(super) fn new() -> Self {
+    /// At most `in_hand_limit` requests can be in hand.
+    pub(super) fn new(in_hand_limit: u64) -> Self {
         let registry = Registry::new();
         let new = New(&registry);
         let requests = new.counters("requests_total", "Requests that were settled, by how they ended.", &["outcome"]);
@@ -118,6 +119,8 @@ impl Metrics {
             new.counters("reconnects_total", "Connections lost, or not to be had, by server.", &["server"]);
         let build = new.gauges("build_info", "1; the labels tell what runs.", &["version", "commit", "features"]);
         build.with_label_values(&[version::VERSION, version::COMMIT, version::FEATURES]).set(1);
+        let limit = new.gauge("in_hand_limit", "Requests that can be in hand, at most: lanes times prefetch.");
+        limit.set(in_hand_limit.try_into().unwrap_or(i64::MAX));
         let redis_errors = new.counters("redis_errors_total", "Errors of Redis, by kind.", &["kind"]);
         for kind in ERROR_KINDS {
             redis_errors.with_label_values(&[kind]);

@@ -26,8 +26,9 @@ pub struct Monitor {
 impl Monitor {
     /// For a worker with these settings.
     pub fn new(settings: &Settings) -> Arc<Self> {
+        let in_hand_limit = settings.worker.lanes.saturating_mul(settings.amqp.prefetch.into());
         Arc::new(Self {
-            metrics: Metrics::new(),
+            metrics: Metrics::new(in_hand_limit),
             health: Health::new(settings.worker.lanes, settings.worker.stall_seconds),
             recent: Recent::default(),
         })

@@ -16,8 +16,8 @@ use crate::proxy::Proxy;
 /// As promised: red so soon after a loss, green so soon after the return.
 const NOTICED: Duration = Duration::from_secs(3);
 
-/// Where the worker serves, which the system chose.
-const ANY_PORT: (&str, &str) = ("http.listen", "127.0.0.1:0");
+/// Where the worker serves is the system's choice.
+pub(crate) const ANY_PORT: (&str, &str) = ("http.listen", "127.0.0.1:0");
 
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -27,10 +27,23 @@ pub(crate) struct Answer {
 
 /// Asks the worker for a path.
 pub(crate) async fn get(worker: &Worker, path: &str) -> Answer {
+    get_from(address(worker).await, path).await
+}
+
+/// Where the worker serves.
+pub(crate) async fn address(worker: &Worker) -> String {
     worker.says("serving /livez").await;
-    let log = worker.log();
-    let address = log.split("address=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n");
+    logged_address(&worker.log()).unwrap()
+}
+
+/// The first address that a log names.
+pub(crate) fn logged_address(log: &str) -> Option<String> {
+    Some(log.split("address=").nth(1)?.split_whitespace().next()?.to_owned())
+}
+
+/// Asks a server for a path; by HTTP/1.0, so that nobody sends the answer in chunks.
+pub(crate) async fn get_from(address: String, path: &str) -> Answer {
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
     let asked = tokio::task::spawn_blocking(move || {
         let mut stream = TcpStream::connect(&address).unwrap();
         stream.write_all(request.as_bytes()).unwrap();
@@ -217,6 +230,7 @@ async fn every_end_of_a_request_is_counted_once_and_every_object_by_kind() {
         ("unroutable_replies_total", 1.0),
         ("redeliveries_total", 0.0),
         ("in_hand", 0.0),
+        ("in_hand_limit", 256.0),
         ("ready", 1.0),
     ];
     for (series, count) in expected {

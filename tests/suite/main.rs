@@ -21,6 +21,7 @@ mod lanes;
 mod lifecycle;
 mod load;
 mod model;
+mod observability;
 mod odd_messages;
 mod poison;
 mod private_redis;
