@@ -7,7 +7,7 @@ COPY Cargo.toml Cargo.lock ./
 RUN mkdir src && touch src/lib.rs && echo 'fn main() {}' >src/main.rs \
     && cargo build --release --locked --bin composite-start \
     && rm -r src
-COPY config config
+COPY config/default.toml config/
 COPY examples/composite-start.json examples/
 COPY build.rs ./
 COPY src src
@@ -21,5 +21,7 @@ COPY --from=build /build/target/release/composite-start /usr/local/bin/
 # The authorities that amqps:// and rediss:// trust unless a ca_file names others.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 USER 10001:10001
+# Health, metrics and the page, where http.listen is 0.0.0.0:9464.
+EXPOSE 9464
 ENTRYPOINT ["composite-start"]
 CMD ["worker"]
