@@ -9,6 +9,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::env;
 use std::error::Error;
+use std::fs;
 use std::io::{IsTerminal, stdout};
 use std::process::{self, ExitCode};
 use std::time::{Duration, Instant};
@@ -50,11 +51,26 @@ async fn demo() -> Outcome<()> {
     let url = env::var("COMPOSITE_START__AMQP__URL").map_err(|_| "COMPOSITE_START__AMQP__URL is not set")?;
     let connection = within("connect", Connection::connect(&url, ConnectionProperties::default())).await?;
     wait_for_workers(&connection, workers).await?;
+    let page = page_of_a_worker();
+    if let Some(page) = &page {
+        headline(&format!("A worker shows how it does at {page}, as long as this runs"));
+    }
     let mut client = Client::open(&connection).await?;
     let example = serde_json::from_str(EXAMPLE)?;
     show_the_example(&mut client, &example).await?;
     send_many(&mut client, &example).await?;
+    if page.is_some() {
+        println!("\n  The page ends with the demo. A worker of yours has it at http.listen: http://127.0.0.1:9464");
+    }
     within("close", connection.close(200, "OK".into())).await
+}
+
+/// Where a worker serves its page: one that consumes has said so in its log, if it serves any.
+fn page_of_a_worker() -> Option<String> {
+    let log = fs::read_to_string(env::var_os("COMPOSITE_START_DEMO_LOG")?).ok()?;
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let mut addresses = lines.filter_map(|line| Some(line["address"].as_str()?.to_owned()));
+    addresses.next().map(|address| format!("http://{address}"))
 }
 
 /// A worker declares the queue before it consumes; until then the question closes its channel.
