@@ -1,6 +1,6 @@
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test check chaos bench micro settings fuzz deny deb
+.PHONY: help demo test matrix check chaos bench micro settings fuzz deny deb
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -11,6 +11,9 @@ demo: ## watch the published example and 20,000 requests being answered (under f
 test: check ## all checks and all tests, against private servers; TESTS="name" runs some
 	@scripts/with-servers scripts/run-tests $(TESTS)
 	@$(if $(TESTS),,CHAOS_SECONDS=60 scripts/chaos test)
+
+matrix: ## the tests that need servers, against each supported pair of servers; needs root (some minutes); TESTS="name" runs some
+	@scripts/matrix $(TESTS)
 
 chaos: ## three workers among faults, then everything is checked; CHAOS_SECONDS=1200 CHAOS_SEED=2 for another run
 	@scripts/chaos demo

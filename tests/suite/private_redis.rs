@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use redis::aio::MultiplexedConnection;
 use tempfile::TempDir;
 
-use crate::harness::{eventually, redis_connection};
+use crate::harness::{eventually, redis_connection, server};
 
 /// A server with a socket in a folder of its own; ended when dropped.
 pub(crate) struct PrivateRedis {
@@ -20,13 +20,13 @@ impl PrivateRedis {
 
     pub(crate) async fn start_with(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let process = Command::new("redis-server")
+        let process = Command::new(server("COMPOSITE_START_TEST_REDIS_SERVER"))
             .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket", "socket", "--dir"])
             .arg(folder.path())
             .args(arguments)
             .stdout(Stdio::null())
             .spawn()
-            .expect("redis-server is installed by scripts/install-servers");
+            .unwrap();
         let server = Self { process, folder };
         eventually("a private Redis", async || redis_connection(&server.url()).await.ok()).await;
         server
