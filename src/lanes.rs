@@ -1,7 +1,8 @@
 //! Several workers in one process, on as many cores: each lane is a thread with a session of its own.
 //!
-//! Lanes share nothing but the settings and the signal to stop. The broker deals the requests out among them as it does
-//! among processes, and what guards the records in Redis does not ask who runs beside whom.
+//! Lanes share nothing but the settings, the signal to stop, and the monitor into which they tell how it goes. The broker
+//! deals the requests out among them as it does among processes, and what guards the records in Redis does not ask who
+//! runs beside whom.
 
 use std::future::Future;
 use std::iter;
