@@ -3,11 +3,12 @@
 //! `config/default.toml` is the defaults and the reference in one: it is embedded, so what it says is what holds.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 
 use config::{Config, Environment, File, FileFormat};
 use serde::{Deserialize, Serialize};
-use url::Url;
+use url::{Host, Url};
 
 use crate::credentials::Files;
 
@@ -245,6 +246,14 @@ impl SecretUrl {
     /// Whether TLS is spoken there.
     pub(crate) fn is_tls(&self) -> bool {
         self.parse().is_ok_and(|url| matches!(url.scheme(), "amqps" | "rediss"))
+    }
+
+    /// The host, if it is an address of IPv6.
+    pub(crate) fn ipv6_host(&self) -> Option<Ipv6Addr> {
+        match self.parse().ok()?.host()? {
+            Host::Ipv6(address) => Some(address),
+            Host::Domain(_) | Host::Ipv4(_) => None,
+        }
     }
 
     /// The address as it was given, read as a URL.

@@ -23,6 +23,10 @@ impl Address {
         let wrong = |cause: String| BrokerError::other(settings.url.to_string(), cause);
         let credentials = settings.files().read().map_err(|error| wrong(error.to_string()))?;
         let mut uri: AMQPUri = settings.url.expose().parse().map_err(wrong)?;
+        // lapin takes `localhost` for it.
+        if let Some(host) = settings.url.ipv6_host() {
+            uri.authority.host = host.to_string();
+        }
         if settings.login == Login::External {
             uri.query.auth_mechanism = Some(SASLMechanism::External);
         }
@@ -57,5 +61,24 @@ fn connector(credentials: Credentials) -> io::Result<RustlsConnector> {
     match credentials.identity {
         Some(identity) => config.connector_with_single_cert(identity.chain.parsed, identity.key),
         None => config.connector_with_no_client_auth(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::{SecretUrl, Settings};
+
+    #[test]
+    fn the_host_is_the_one_that_was_given() {
+        let mut settings = Settings::load(None).expect("the defaults are right").amqp;
+        for (url, host) in [
+            ("amqp://[2001:db8::1]:5672/%2f", "2001:db8::1"),
+            ("amqp://192.0.2.1/%2f", "192.0.2.1"),
+            ("amqps://broker.example", "broker.example"),
+        ] {
+            settings.url = SecretUrl::from(url.to_owned());
+            assert_eq!(Address::read(&settings).unwrap().uri.authority.host, host);
+        }
     }
 }

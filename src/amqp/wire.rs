@@ -103,7 +103,7 @@ impl Wire {
 }
 
 fn connect(uri: &AMQPUri) -> Result<Dialogue, String> {
-    let host = uri.authority.host.trim_matches(['[', ']']);
+    let host = uri.authority.host.as_str();
     let mut cause = format!("{host} has no address");
     for address in (host, uri.authority.port).to_socket_addrs().map_err(|error| error.to_string())? {
         match TcpStream::connect_timeout(&address, CONNECT_LIMIT).and_then(Dialogue::new) {
