@@ -26,7 +26,7 @@ use futures_util::{FutureExt, TryFutureExt};
 use prometheus::IntGauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::amqp::delivery::Delivery;
 use crate::amqp::publisher::Publisher;
@@ -352,12 +352,8 @@ impl<'a> Answering<'a> {
 
     /// The one place where an outcome becomes an ending.
     fn ending(&self, outcome: Outcome, delivery: &Delivery) -> Ending {
-        if let Outcome::Failed(Refusal { message: cause, .. }) = &outcome {
-            let message = delivery.message();
-            let (message_id, correlation_id) = (message.message_id, message.correlation_id);
-            error!(cause, message_id, correlation_id, "a request failed and is dead-lettered");
-        }
         if let Outcome::Refused(refusal) | Outcome::Failed(refusal) = &outcome {
+            log_refusal(refusal, &delivery.message());
             self.monitor.recent().refused(refusal);
         }
         let has_address = delivery.reply_to().is_some_and(|reply_to| self.names.may_take_replies(reply_to.as_str()));
@@ -428,6 +424,18 @@ impl Ending {
             Self::DeadLetter(_) => metrics::Outcome::DeadLettered,
             Self::Nothing => metrics::Outcome::Done,
         }
+    }
+}
+
+/// What a refusal says may quote its request, and that is a customer's: only where and what kind is told. What failed by
+/// our own fault is told whole.
+fn log_refusal(refusal: &Refusal, message: &Message<'_>) {
+    let Message { message_id, correlation_id, .. } = message;
+    if refusal.exception == Exception::InternalError {
+        error!(cause = refusal.message, message_id, correlation_id, "a request failed and is dead-lettered");
+    } else {
+        let (path, exception) = (refusal.path(), refusal.exception.name());
+        debug!(path, exception, message_id, correlation_id, "a request is refused");
     }
 }
 

@@ -205,8 +205,8 @@ impl Worker {
     pub fn start(environment: &[(String, String)]) -> Self {
         let mut child = Command::new(PROGRAM)
             .arg("worker")
-            .envs(environment.iter().cloned())
             .env("COMPOSITE_START__LOG__FORMAT", "text")
+            .envs(environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

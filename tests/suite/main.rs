@@ -20,6 +20,7 @@ mod http;
 mod lanes;
 mod lifecycle;
 mod load;
+mod logs;
 mod model;
 mod observability;
 mod odd_messages;
