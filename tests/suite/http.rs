@@ -94,23 +94,30 @@ async fn a_worker_that_consumes_is_alive_and_ready_and_says_what_it_needs() {
     assert_eq!(get(&worker, "/other").await.status, 404);
 }
 
+/// Loses `server` twice, silent although its connections stand and then away altogether, while the worker has nothing to do.
+/// Each time it is red and green within three seconds, and its JSON names the part.
+async fn is_red_while_lost(worker: &Worker, server: &Proxy, part: &str) {
+    for (lose, give_back) in
+        [(Proxy::hold_answers as fn(&Proxy), Proxy::open as fn(&Proxy)), (Proxy::shut, Proxy::open)]
+    {
+        turns(worker, 200).await;
+        lose(server);
+        let said = turns(worker, 503).await;
+        for other in ["redis", "consume_connection"] {
+            assert_eq!(said[other], Value::Bool(other != part), "{said}");
+        }
+        assert_eq!(get(worker, "/livez").await.status, 200);
+        give_back(server);
+        turns(worker, 200).await;
+    }
+}
+
 #[tokio::test]
 async fn a_store_that_is_lost_is_red_within_three_seconds_and_green_within_three_of_its_return() {
     let space = Space::new();
     let store = Proxy::open_to(&redis_url());
     let worker = space.worker_with(&[ANY_PORT, ("redis.url", &store.url())]).await;
-    // Silent, though the connection stands; then away altogether. The worker has nothing to do all the time.
-    for (lose, give_back) in
-        [(Proxy::hold_answers as fn(&Proxy), Proxy::open as fn(&Proxy)), (Proxy::shut, Proxy::open)]
-    {
-        turns(&worker, 200).await;
-        lose(&store);
-        let said = turns(&worker, 503).await;
-        assert_eq!((&said["redis"], &said["consumer"]), (&Value::Bool(false), &Value::Bool(true)));
-        assert_eq!(get(&worker, "/livez").await.status, 200);
-        give_back(&store);
-        turns(&worker, 200).await;
-    }
+    is_red_while_lost(&worker, &store, "redis").await;
 }
 
 #[tokio::test]
@@ -118,17 +125,7 @@ async fn a_broker_that_is_lost_is_red_within_three_seconds_and_green_within_thre
     let space = Space::new();
     let broker = Proxy::open_to(&amqp_url());
     let worker = space.worker_with(&[ANY_PORT, ("amqp.url", &broker.url())]).await;
-    for (lose, give_back) in
-        [(Proxy::hold_answers as fn(&Proxy), Proxy::open as fn(&Proxy)), (Proxy::shut, Proxy::open)]
-    {
-        turns(&worker, 200).await;
-        lose(&broker);
-        let said = turns(&worker, 503).await;
-        assert_eq!((&said["consume_connection"], &said["redis"]), (&Value::Bool(false), &Value::Bool(true)));
-        assert_eq!(get(&worker, "/livez").await.status, 200);
-        give_back(&broker);
-        turns(&worker, 200).await;
-    }
+    is_red_while_lost(&worker, &broker, "consume_connection").await;
     assert!(figure(&worker, "composite_start_reconnects_total{server=\"rabbitmq\"}").await >= 1.0);
 }
 
