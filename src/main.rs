@@ -13,6 +13,7 @@ use composite_start::command::check::check;
 use composite_start::command::dead::{DeadArguments, DeadError, dead};
 use composite_start::command::papers::{completions, manual};
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
+use composite_start::command::show::{ShowArguments, ShowError, show};
 use composite_start::monitor::Monitor;
 use composite_start::settings::Settings;
 use composite_start::{http, lanes, telemetry, version};
@@ -59,12 +60,16 @@ enum Command {
     /// List, show, send again or drop what waits in the dead-letter queue: exit 0, 1 if it was not done, 2 if how many is
     /// not said, 3 on no answer
     Dead(DeadArguments),
+    /// Print what is known of a service, its states and its tasks: exit 0, 1 if the record is damaged, 3 on no answer, 4 if
+    /// there is no such service
+    Show(ShowArguments),
 }
 
 /// Exit codes beside 0.
 const FAILED: u8 = 1;
 const WRONG_SETTINGS: u8 = 2;
 const NO_ANSWER: u8 = 3;
+const NOT_FOUND: u8 = 4;
 /// What shells expect of a process that a signal ended.
 const INTERRUPTED: u8 = 130;
 
@@ -90,6 +95,7 @@ fn main() -> ExitCode {
             Command::Bench(arguments) => measure(settings.clone(), arguments).await,
             Command::Check => end(check(&settings, &mut io::stdout()).await),
             Command::Dead(arguments) => look_after_dead_letters(&settings, &arguments).await,
+            Command::Show(arguments) => show_service(&settings, &arguments).await,
         }
     });
     // Not waiting for what a stuck connection left behind.
@@ -178,6 +184,15 @@ async fn look_after_dead_letters(settings: &Settings, arguments: &DeadArguments)
         Err(error @ DeadError::Broker(_)) => fail(NO_ANSWER, &error),
         Err(error @ DeadError::Unexpected(_)) => fail(WRONG_SETTINGS, &error),
         Err(error) => fail(FAILED, &error),
+    }
+}
+
+async fn show_service(settings: &Settings, arguments: &ShowArguments) -> ExitCode {
+    match show(settings, arguments, &mut io::stdout()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error @ ShowError::Unknown(_)) => fail(NOT_FOUND, &error),
+        Err(error @ ShowError::Store(_)) => fail(NO_ANSWER, &error),
+        Err(error @ (ShowError::Damaged(_) | ShowError::Output(_))) => fail(FAILED, &error),
     }
 }
 

@@ -19,17 +19,29 @@ impl Keys {
         let tag = tag(prefix, identity.bucket());
         Self {
             sequence: [&*tag, SEQUENCE].concat(),
-            ids: [&*tag, "ids"].concat(),
-            tree: [&*tag, "tree:", identity.as_str()].concat(),
+            ids: [&*tag, IDS].concat(),
+            tree: [&*tag, TREE, identity.as_str()].concat(),
         }
     }
 }
 
 const SEQUENCE: &str = "seq";
+const IDS: &str = "ids";
+const TREE: &str = "tree:";
 
 /// `cs:{b}:seq`
 pub(super) fn sequence(prefix: &str, bucket: u16) -> String {
     tag(prefix, bucket) + SEQUENCE
+}
+
+/// `cs:{b}:ids`
+pub(super) fn ids(prefix: &str, bucket: u16) -> String {
+    tag(prefix, bucket) + IDS
+}
+
+/// `cs:{b}:tree:<identity>`
+pub(super) fn tree(prefix: &str, bucket: u16, identity: &str) -> String {
+    tag(prefix, bucket) + TREE + identity
 }
 
 fn tag(prefix: &str, bucket: u16) -> String {

@@ -5,9 +5,10 @@
 //! may be repeated at will: the same token gets the same answer.
 //!
 //! `keys` names the keys, `script` holds the script's text and arguments, `lua/find_or_create.lua` is the script, `tree`
-//! reads what it wrote.
+//! reads what it wrote, for a `reader` that writes nothing.
 
 pub mod keys;
+pub mod reader;
 pub mod script;
 pub mod tree;
 
@@ -93,6 +94,10 @@ impl Unavailable {
             Self::Away { kind, .. } => kind,
             Self::TooOld(_) => "connection",
         }
+    }
+
+    fn silent(address: &SecretUrl, limit: Duration) -> Self {
+        Self::Away { text: format!("{address}: no answer in {} s", limit.as_secs()), kind: "timeout".to_owned() }
     }
 
     fn with_hint(self, hint: &str) -> Self {
@@ -315,8 +320,7 @@ impl Store {
     }
 
     fn silent(&self, limit: Duration) -> Unavailable {
-        let text = format!("{}: no answer in {} s", self.settings.url, limit.as_secs());
-        Unavailable::Away { text, kind: "timeout".to_owned() }
+        Unavailable::silent(&self.settings.url, limit)
     }
 
     fn strange(&self, what: &str) -> Unavailable {

@@ -33,6 +33,7 @@ mod proxy_tests;
 mod race;
 mod raw_amqp;
 mod refusals;
+mod show;
 mod store;
 mod store_faults;
 mod tls;
