@@ -28,6 +28,7 @@ mod poison;
 mod private_redis;
 mod privileges;
 mod properties;
+mod protocol;
 mod proxy;
 mod proxy_tests;
 mod race;
