@@ -14,7 +14,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::runtime;
 use tokio::sync::{oneshot, watch};
-use tracing::{Instrument, info, info_span};
+use tracing::{Instrument, Span, error_span, info};
 
 use crate::monitor::{LaneMonitor, Monitor};
 use crate::session::{RunError, supervise};
@@ -36,7 +36,9 @@ pub async fn run(
     // The first lane has this thread.
     let first = {
         let (monitor, stop) = (monitor.lane(1), told_to_stop.clone());
-        async move { Box::pin(supervise(settings, &monitor, stop)).await }
+        // A single lane needs no name in the log.
+        let span = if settings.worker.lanes > 1 { span_of(1) } else { Span::none() };
+        async move { Box::pin(supervise(settings, &monitor, stop)).instrument(span).await }
     };
     let first: Lane<'_> = Box::pin(first);
     let others = (2..=settings.worker.lanes).map(|number| {
@@ -74,6 +76,11 @@ async fn all(
     }
 }
 
+/// What tells a lane's lines in the log from those of others.
+fn span_of(number: u64) -> Span {
+    error_span!("lane", number)
+}
+
 /// A thread that ends with its lane, or with the process.
 async fn lane_of_its_own(
     number: u64,
@@ -84,7 +91,7 @@ async fn lane_of_its_own(
     let (tell, told) = oneshot::channel();
     let works = move || {
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Thread)?;
-        let ended = runtime.block_on(supervise(&settings, &monitor, stop).instrument(info_span!("lane", number)));
+        let ended = runtime.block_on(supervise(&settings, &monitor, stop).instrument(span_of(number)));
         runtime.shutdown_background();
         ended
     };

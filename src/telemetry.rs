@@ -25,7 +25,7 @@ pub fn init(settings: &Log) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(is_terminal);
-    let _ = if is_text { logs.try_init() } else { logs.json().flatten_event(true).try_init() };
+    let _ = if is_text { logs.try_init() } else { logs.json().flatten_event(true).with_span_list(false).try_init() };
     std::panic::set_hook(Box::new(log_panic));
 }
 
