@@ -77,7 +77,9 @@ async fn while_the_broker_takes_nothing_requests_are_held_or_given_back_once_and
     broker.may_take("0.4").await;
     load.answered(100).await;
     assert!(worker.drain().await.success());
-    assert!(!worker.log().contains("not consuming"), "{}", worker.log());
+    let log = worker.log();
+    assert!(!log.contains("not consuming"), "{log}");
+    assert_eq!((log.matches(BLOCKED).count(), log.matches("takes what is published again").count()), (1, 1), "{log}");
 
     // A longer one: they go back to the queue, once, and are taken again when they can be answered.
     let mut worker = space.worker_with(&[&servers[..], &[("worker.hold_seconds", "1")]].concat()).await;

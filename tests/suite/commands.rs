@@ -200,6 +200,7 @@ async fn a_wrong_setting_ends_every_command_with_2_and_one_line_before_any_conne
         ("limits.entries", "many"),
         ("worker.drain_seconds", "-1"),
         ("log.format", "xml"),
+        ("log.filter", "composite_start=loud"),
         ("http.listen", "everywhere"),
     ];
     for (key, value) in wrong {

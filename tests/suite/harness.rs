@@ -179,6 +179,11 @@ pub struct Ended {
 
 /// Runs the program to its end.
 pub async fn run(arguments: &[&str], environment: &[(String, String)], input: &str) -> Ended {
+    run_within(LIMIT, arguments, environment, input).await
+}
+
+/// Runs the program to its end; kills it and fails with what it wrote if that takes longer than `limit`.
+pub async fn run_within(limit: Duration, arguments: &[&str], environment: &[(String, String)], input: &str) -> Ended {
     let mut child = Command::new(PROGRAM)
         .args(arguments)
         .envs(environment.iter().cloned())
@@ -187,12 +192,30 @@ pub async fn run(arguments: &[&str], environment: &[(String, String)], input: &s
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // The program may end without reading its input.
-    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
-    let ended = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
-    let output = soon("the program's end", ended).await.unwrap();
+    let (id, input) = (child.id().to_string(), input.to_owned());
+    let mut ended = tokio::task::spawn_blocking(move || {
+        // The program may end without reading its input.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        child.wait_with_output().unwrap()
+    });
+    let in_time = timeout(limit, &mut ended).await;
+    if in_time.is_err() {
+        let status = Command::new("kill").args(["-s", "KILL", &id]).status().unwrap();
+        assert!(status.success(), "kill -s KILL {id}");
+    }
+    let output = match in_time {
+        Ok(output) => output.unwrap(),
+        Err(_) => soon("the end of a killed program", ended).await.unwrap(),
+    };
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ended { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.code().is_some(),
+        "{arguments:?} did not end within {} s: {}\n{stdout}{stderr}",
+        limit.as_secs(),
+        output.status
+    );
+    Ended { code: output.status.code(), stdout, stderr }
 }
 
 /// A real worker process; killed when dropped.

@@ -2,10 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::harness::{Outgoing, PROGRAM, Space, Worker, body, entry, soon};
+use crate::harness::{
+    Outgoing, PROGRAM, Space, Worker, amqp_url, body, entry, eventually, redis_url, run_within, soon,
+};
+use crate::http::{ANY_PORT, get};
+use crate::load::{Asked, Load};
+use crate::proxy::Proxy;
 
 /// A worker with these ends by itself, with a line in its log: it may not make its queue, which is not there.
 const WITHOUT_QUEUE: [(&str, &str); 1] = [("amqp.declare", "false")];
@@ -129,6 +135,86 @@ async fn what_a_sender_writes_into_an_id_stays_within_its_line() {
     let log = worker.log();
     let line = json(log.lines().find(|line| line.contains("a request is refused")).unwrap());
     assert_eq!((&line["message_id"], &line["path"]), (&id.into(), &"services".into()));
+}
+
+#[tokio::test]
+async fn with_several_lanes_each_line_names_its_own() {
+    let space = Space::new();
+    let settings =
+        [("worker.lanes", "2"), ("log.format", "json"), ("log.filter", "warn,composite_start::session=info")];
+    let worker = space.start_worker(&settings);
+    worker.says_times("\"consuming\"", 2).await;
+    let mut lanes: Vec<_> = worker.log().lines().map(|line| json(line)["span"]["number"].as_u64()).collect();
+    lanes.sort_unstable();
+    assert_eq!(lanes, [Some(1), Some(2)], "{}", worker.log());
+}
+
+/// Waits until the worker has failed this often at what `metric` counts.
+async fn fails(worker: &Worker, metric: &str, times: f64) {
+    eventually("failed attempts", async || {
+        let figures = get(worker, "/metrics").await.body;
+        let of_metric = figures.lines().filter(|line| line.starts_with(metric));
+        let count: f64 = of_metric.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum();
+        (count >= times).then_some(())
+    })
+    .await;
+}
+
+/// Lines of the log from the byte `start` on, each from its message on and without the fields.
+fn messages(worker: &Worker, start: usize) -> Vec<String> {
+    let log = worker.log();
+    let message = |line: &str| line.split_once("composite_start").unwrap().1.split_once(": ").unwrap().1.to_owned();
+    log[start..].lines().map(message).collect()
+}
+
+#[tokio::test]
+async fn an_outage_of_the_store_is_two_lines_however_many_requests_wait() {
+    let (space, store) = (Space::new(), Proxy::open_to(&redis_url()));
+    let worker = space.worker_with(&[ANY_PORT, ("redis.url", &store.url())]).await;
+    let mut load = Load::connect(&space).await;
+    let start = worker.log().len();
+    store.shut();
+    load.send(Asked::mixed(600)).await;
+    fails(&worker, "composite_start_redis_errors_total", 5.0).await;
+    store.open();
+    load.all_answered().await;
+    let lines = messages(&worker, start);
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert!(lines[0].starts_with("the store is away; requests are held and tried again cause="), "{lines:?}");
+    assert!(lines[1].starts_with("the store answers again seconds="), "{lines:?}");
+}
+
+#[tokio::test]
+async fn an_outage_of_the_broker_is_a_line_a_cause_and_one_at_its_end_however_many_requests_wait() {
+    let (space, broker) = (Space::new(), Proxy::open_to(&amqp_url()));
+    let worker = space.worker_with(&[ANY_PORT, ("amqp.url", &broker.url())]).await;
+    let mut load = Load::connect(&space).await;
+    let start = worker.log().len();
+    broker.shut();
+    load.send(Asked::mixed(600)).await;
+    fails(&worker, "composite_start_reconnects_total", 5.0).await;
+    broker.open();
+    load.all_answered().await;
+    let mut lines = messages(&worker, start);
+    assert!(lines.pop().unwrap().starts_with("consuming queue="), "{lines:?}");
+    assert!(lines.pop().unwrap().starts_with("the outage is over seconds="), "{lines:?}");
+    // The end of the connection, and why there is no other yet.
+    assert!((1..=3).contains(&lines.len()), "{lines:?}");
+    assert!(
+        lines.iter().all(|line| line.starts_with("not consuming; trying again until it works cause=")),
+        "{lines:?}"
+    );
+    assert!(lines.iter().enumerate().all(|(index, line)| !lines[..index].contains(line)), "{lines:?}");
+}
+
+#[tokio::test]
+async fn a_program_that_does_not_end_fails_its_test_with_what_it_wrote() {
+    let space = Space::new();
+    let environment = space.environment(&[]);
+    let limit = Duration::from_secs(1);
+    let failed = tokio::spawn(async move { run_within(limit, &["worker"], &environment, "").await.code }).await;
+    let told = *failed.unwrap_err().into_panic().downcast::<String>().unwrap();
+    assert!(told.starts_with("[\"worker\"] did not end within 1 s: signal: 9"), "{told}");
 }
 
 /// Every message of the source stands in the table of events, and nothing else does.
