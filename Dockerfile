@@ -9,7 +9,8 @@ RUN mkdir src && touch src/lib.rs && echo 'fn main() {}' >src/main.rs \
     && rm -r src
 COPY config/default.toml config/
 COPY examples/composite-start.json examples/
-COPY build.rs ./
+COPY asyncapi.yaml build.rs ./
+COPY schemas schemas
 COPY src src
 # There is no checkout in here: `docker build --build-arg COMPOSITE_START_COMMIT=$(git rev-parse --short HEAD)`.
 ARG COMPOSITE_START_COMMIT

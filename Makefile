@@ -1,6 +1,6 @@
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test matrix check chaos bench micro settings fuzz deny deb
+.PHONY: help demo test matrix check chaos bench micro settings schemas fuzz deny deb
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,6 +31,9 @@ check: ## format, lints and documentation
 
 settings: ## docs/settings.md anew, from the comments in config/default.toml
 	@page=$$(cargo run --locked --quiet --example settings_reference) && printf '%s\n' "$$page" >docs/settings.md
+
+schemas: ## schemas/*.json anew, from asyncapi.yaml
+	cargo run --locked --quiet --example json_schemas
 
 deny: ## licences, sources, bans and known advisories of the dependencies
 	@scripts/deny

@@ -12,6 +12,7 @@ use composite_start::command::bench::{BenchArguments, BenchError, Verdict, bench
 use composite_start::command::check::check;
 use composite_start::command::dead::{DeadArguments, DeadError, dead};
 use composite_start::command::papers::{completions, manual};
+use composite_start::command::schema::{Schema, schema};
 use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::command::show::{ShowArguments, ShowError, show};
 use composite_start::monitor::Monitor;
@@ -34,6 +35,12 @@ struct Arguments {
 enum Invocation {
     #[command(flatten)]
     WithSettings(Command),
+    /// Print the message contract for programs: the AsyncAPI document, or the JSON Schema of one kind of body
+    Schema {
+        /// Which one
+        #[arg(value_enum, default_value_t)]
+        document: Schema,
+    },
     /// Print what a shell needs to complete the arguments
     Completions {
         /// Which shell
@@ -77,6 +84,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let command = match arguments.invocation {
         Invocation::WithSettings(command) => command,
+        Invocation::Schema { document } => return end(schema(document, &mut io::stdout())),
         Invocation::Completions { shell } => return end(completions(Arguments::command(), shell, &mut io::stdout())),
         Invocation::Man { folder } => return end(manual(Arguments::command(), &folder)),
     };

@@ -267,12 +267,32 @@ async fn completions_and_manual_pages_name_every_command_and_need_no_settings() 
     for ended in [&completions, &manual] {
         assert_eq!((ended.code, &*ended.stderr), (Some(0), ""));
     }
-    for command in ["worker", "send", "bench", "check", "dead", "completions", "man"] {
+    for command in ["worker", "send", "bench", "check", "dead", "schema", "completions", "man"] {
         assert!(completions.stdout.contains(&format!("composite__start,{command})")), "{}", completions.stdout);
         let page = std::fs::read_to_string(pages.join(format!("composite-start-{command}.1"))).unwrap();
         assert!(page.contains(&format!(".TH composite-start-{command} 1")), "{page}");
     }
     assert!(pages.join("composite-start.1").exists());
+}
+
+/// With a setting that every other command stops at.
+#[tokio::test]
+async fn schema_prints_each_document_as_it_is_in_the_project_and_needs_no_settings() {
+    let space = Space::new();
+    let files = [
+        ("asyncapi", "asyncapi.yaml"),
+        ("request", "schemas/request.json"),
+        ("reply", "schemas/reply.json"),
+        ("refusal", "schemas/refusal.json"),
+    ];
+    for (name, file) in files {
+        let printed = space.run(&["schema", name], &[("amqp.prefetch", "0")], "").await;
+        assert_eq!((printed.code, &*printed.stderr), (Some(0), ""), "{name}");
+        let project = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        assert_eq!(printed.stdout, std::fs::read_to_string(project.join(file)).unwrap(), "{name}");
+    }
+    let unsaid = space.run(&["schema"], &[], "").await;
+    assert!(unsaid.stdout.contains("\nasyncapi: 3.0.0\n"), "{}", unsaid.stdout);
 }
 
 #[tokio::test]
