@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::harness::{Client, Incoming, LIMIT, Space, amqp_url, body, entry, redis_url, soon};
+use crate::harness::{Client, Incoming, LIMIT, NO_REPLY, Space, amqp_url, body, entry, redis_url, soon};
 use crate::proxy::{Direction, Proxy};
 use crate::store::Contents;
 
@@ -323,7 +323,7 @@ impl Exchange {
     /// Behind all answers in the reply queue.
     async fn send_last(&self) {
         let mut headers = FieldTable::default();
-        headers.insert("status".into(), AMQPValue::LongInt(0));
+        headers.insert("status".into(), AMQPValue::LongInt(NO_REPLY));
         let properties = BasicProperties::default().with_correlation_id("last".into()).with_headers(headers);
         let (reply_to, options) = (self.client.reply_to.as_str().into(), BasicPublishOptions::default());
         soon("publish", self.client.channel.basic_publish("".into(), reply_to, options, b"{}", properties))

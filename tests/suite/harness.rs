@@ -21,8 +21,13 @@ use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use crate::asyncapi::{assert_is_message, json_of};
+
 /// No wait in a test is longer; one that gets here has failed.
 pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// The status of what a test sends to its own reply queue, to know that it has read all before it.
+pub const NO_REPLY: i32 = 0;
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_composite-start");
@@ -468,6 +473,7 @@ impl Client {
     }
 }
 
+/// A reply, which must be one that asyncapi.yaml describes, or [`NO_REPLY`].
 pub fn incoming(delivery: lapin::message::Delivery) -> Incoming {
     let headers = delivery.properties.headers().clone().unwrap_or_default();
     let location = match headers.inner().get("location") {
@@ -480,6 +486,9 @@ pub fn incoming(delivery: lapin::message::Delivery) -> Incoming {
         other => panic!("status is {other:?}"),
     };
     let body = serde_json::from_slice(&delivery.data).expect("a reply is JSON");
+    if status != i64::from(NO_REPLY) {
+        assert_is_message(if status == 200 { "reply" } else { "refusal" }, &json_of(&headers), &body);
+    }
     Incoming { status, location, body, properties: delivery.properties }
 }
 

@@ -7,7 +7,7 @@ use lapin::BasicProperties;
 use lapin::options::BasicPublishOptions;
 use lapin::types::{AMQPValue, FieldTable};
 
-use crate::harness::{Client, Incoming, Space, body, entry, soon};
+use crate::harness::{Client, Incoming, NO_REPLY, Space, body, entry, soon};
 use crate::store::Contents;
 
 /// One client, what it asked, and what it was answered.
@@ -97,7 +97,7 @@ impl Load {
     pub(crate) async fn take_the_rest(&mut self) {
         const LAST: &str = "last";
         let mut headers = FieldTable::default();
-        headers.insert("status".into(), AMQPValue::LongInt(0));
+        headers.insert("status".into(), AMQPValue::LongInt(NO_REPLY));
         let properties = BasicProperties::default().with_correlation_id(LAST.into()).with_headers(headers);
         let (reply_to, options) = (self.client.reply_to.clone().into(), BasicPublishOptions::default());
         soon("publish", self.client.channel.basic_publish("".into(), reply_to, options, b"{}", properties))
