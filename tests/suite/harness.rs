@@ -176,6 +176,7 @@ impl Drop for Space {
 }
 
 /// A program that has ended.
+#[derive(Debug)]
 pub struct Ended {
     pub code: Option<i32>,
     pub stdout: String,
@@ -184,19 +185,19 @@ pub struct Ended {
 
 /// Runs the program to its end.
 pub async fn run(arguments: &[&str], environment: &[(String, String)], input: &str) -> Ended {
-    run_within(LIMIT, arguments, environment, input).await
+    let mut command = Command::new(PROGRAM);
+    command.args(arguments).envs(environment.iter().cloned());
+    run_to_its_end(command, input).await
 }
 
-/// Runs the program to its end; kills it and fails with what it wrote if that takes longer than `limit`.
-pub async fn run_within(limit: Duration, arguments: &[&str], environment: &[(String, String)], input: &str) -> Ended {
-    let mut child = Command::new(PROGRAM)
-        .args(arguments)
-        .envs(environment.iter().cloned())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+/// Runs any program to its end.
+pub async fn run_to_its_end(command: Command, input: &str) -> Ended {
+    run_within(LIMIT, command, input).await
+}
+
+/// Runs any program to its end; kills it and fails with what it wrote if that takes longer than `limit`.
+pub async fn run_within(limit: Duration, mut command: Command, input: &str) -> Ended {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let (id, input) = (child.id().to_string(), input.to_owned());
     let mut ended = tokio::task::spawn_blocking(move || {
         // The program may end without reading its input.
@@ -214,13 +215,9 @@ pub async fn run_within(limit: Duration, arguments: &[&str], environment: &[(Str
     };
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(
-        output.status.code().is_some(),
-        "{arguments:?} did not end within {} s: {}\n{stdout}{stderr}",
-        limit.as_secs(),
-        output.status
-    );
-    Ended { code: output.status.code(), stdout, stderr }
+    let ended = output.status.code();
+    assert!(ended.is_some(), "{command:?} did not end within {} s: {}\n{stdout}{stderr}", limit.as_secs(), output.status);
+    Ended { code: ended, stdout, stderr }
 }
 
 /// A real worker process; killed when dropped.

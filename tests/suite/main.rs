@@ -16,6 +16,7 @@ mod cuts;
 mod dead_command;
 mod dead_letters;
 mod deployment;
+mod examples;
 mod harness;
 mod http;
 mod lanes;
