@@ -27,7 +27,9 @@ micro: ## what single steps of a request cost, without servers
 check: ## format, lints and documentation
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features otel -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items --features otel
 
 settings: ## docs/settings.md anew, from the comments in config/default.toml
 	@page=$$(cargo run --locked --quiet --example settings_reference) && printf '%s\n' "$$page" >docs/settings.md

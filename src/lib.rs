@@ -18,6 +18,7 @@
 //! - [`lanes`]: several sessions in one process;
 //! - [`amqp`]: everything that knows RabbitMQ, and nothing that decides;
 //! - [`monitor`], [`http`]: what it tells of itself, and where that is served;
+//! - [`traces`]: which trace a request belongs to, and its span;
 //! - [`server_version`]: which servers are too old;
 //! - [`settings`], [`retry`], [`telemetry`], [`command`], [`version`]: what a program needs besides.
 
@@ -40,5 +41,6 @@ pub mod session;
 pub mod settings;
 pub mod store;
 pub mod telemetry;
+pub mod traces;
 pub mod version;
 pub mod worker;

@@ -17,6 +17,7 @@ use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::command::show::{ShowArguments, ShowError, show};
 use composite_start::monitor::Monitor;
 use composite_start::settings::Settings;
+use composite_start::traces::Traces;
 use composite_start::{http, lanes, telemetry, version};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -113,7 +114,11 @@ fn main() -> ExitCode {
 
 async fn worker(settings: &Settings) -> ExitCode {
     telemetry::init(&settings.log);
-    let monitor = Monitor::new(settings);
+    let traces = match Traces::start(settings) {
+        Ok(traces) => traces,
+        Err(error) => return fail(FAILED, &error),
+    };
+    let monitor = Monitor::new(settings, traces);
     // Before any work: two workers on one address are most likely a mistake.
     let _pages = match http::serve(settings, &monitor) {
         Ok(pages) => pages,
@@ -128,8 +133,13 @@ async fn worker(settings: &Settings) -> ExitCode {
         impatient.next().await;
         impatient.next().await;
     };
+    let working = async {
+        let ended = lanes::run(settings, &monitor, drain.next()).await;
+        monitor.traces.flush().await;
+        ended
+    };
     tokio::select! {
-        ended = lanes::run(settings, &monitor, drain.next()) => match ended {
+        ended = working => match ended {
             Ok(()) => {
                 tracing::info!("drained");
                 ExitCode::SUCCESS

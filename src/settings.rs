@@ -35,6 +35,8 @@ pub struct Settings {
     pub http: Http,
     /// Logs.
     pub log: Log,
+    /// Traces.
+    pub traces: Traces,
 }
 
 /// `amqp.*`
@@ -147,6 +149,16 @@ pub struct Log {
     pub filter: String,
 }
 
+/// `traces.*`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traces {
+    /// `http://host:port` of an OTLP receiver, or empty.
+    pub endpoint: SecretUrl,
+    /// The share that is recorded of traces that begin here, 0 to 1.
+    pub sample_ratio: f64,
+}
+
 impl Amqp {
     pub(crate) fn files(&self) -> Files<'_> {
         Files {
@@ -234,6 +246,11 @@ impl SecretUrl {
         &self.0
     }
 
+    /// Whether none is given.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     fn has_user(&self) -> bool {
         self.parse().is_ok_and(|url| !url.username().is_empty() || url.password().is_some())
     }
@@ -245,7 +262,7 @@ impl SecretUrl {
 
     /// Whether TLS is spoken there.
     pub(crate) fn is_tls(&self) -> bool {
-        self.parse().is_ok_and(|url| matches!(url.scheme(), "amqps" | "rediss"))
+        self.parse().is_ok_and(|url| matches!(url.scheme(), "amqps" | "rediss" | "https"))
     }
 
     /// The host, if it is an address of IPv6.
@@ -272,6 +289,7 @@ impl fmt::Display for SecretUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // What cannot be read as a URL may hold a password anywhere.
         match self.parse() {
+            _ if self.is_empty() => Ok(()),
             Ok(mut url) if !url.cannot_be_a_base() => {
                 if url.password().is_some() && url.set_password(Some("***")).is_err() {
                     return f.write_str("***");
@@ -360,7 +378,9 @@ impl Settings {
         check_range("worker.lanes", self.worker.lanes, 1, 64)?;
         check_range("worker.stall_seconds", self.worker.stall_seconds, 0, 86_400)?;
         check_listen(&self.http.listen)?;
-        check_filter(&self.log.filter)
+        check_filter(&self.log.filter)?;
+        check_traces_endpoint(&self.traces.endpoint)?;
+        check_range("traces.sample_ratio", self.traces.sample_ratio, 0.0, 1.0)
     }
 }
 
@@ -500,6 +520,36 @@ fn check_filter(filter: &str) -> Result<(), SettingsError> {
         .map_err(|error| SettingsError::new("log.filter", format_args!("{filter:?}: {error}")))
 }
 
+fn check_traces_endpoint(endpoint: &SecretUrl) -> Result<(), SettingsError> {
+    const KEY: &str = "traces.endpoint";
+    const FORM: &str = "not an address like http://127.0.0.1:4318";
+    if endpoint.is_empty() {
+        return Ok(());
+    }
+    if !cfg!(feature = "otel") {
+        let rule =
+            "this build sends no traces: build it with `cargo build --release --features otel`, or leave it empty";
+        return Err(SettingsError::new(KEY, rule));
+    }
+    let url = endpoint.parse().map_err(|error| SettingsError::new(KEY, format_args!("{FORM} ({error})")))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        let rule = format!("begins with {}:, expected http:// or https://", url.scheme());
+        return Err(SettingsError::new(KEY, rule));
+    }
+    // The client would leave both out in silence.
+    if endpoint.has_user() {
+        let rule = "names a user: say who you are in a header, by the environment variable OTEL_EXPORTER_OTLP_HEADERS";
+        return Err(SettingsError::new(KEY, rule));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(SettingsError::new(KEY, "nothing may stand behind a ? or a #"));
+    }
+    if url.path().trim_end_matches('/').ends_with("/v1/traces") {
+        return Err(SettingsError::new(KEY, "leave /v1/traces out: it is added"));
+    }
+    Ok(())
+}
+
 fn check_range<N: PartialOrd + fmt::Display + Copy>(
     key: &str,
     value: N,
@@ -515,7 +565,7 @@ fn check_range<N: PartialOrd + fmt::Display + Copy>(
 /// The key of a value that does not fit, and why. What the value was is said only where it cannot be a secret.
 fn wrong_value(error: &serde_path_to_error::Error<config::ConfigError>) -> SettingsError {
     let path = error.path().to_string();
-    if path.rsplit('.').next() == Some("url") {
+    if matches!(path.rsplit('.').next(), Some("url" | "endpoint")) {
         return SettingsError::new(&path, "must be a text");
     }
     let cause = one_line(error.inner());
@@ -599,6 +649,9 @@ mod tests {
             ("[http]\nlisten = \"9464\"", &[], "http.listen"),
             ("[log]\nfilter = \"a=b=c\"", &[], "log.filter"),
             ("[log]\nformat = \"xml\"", &[], "log.format"),
+            ("[traces]\nsample_ratio = 1.5", &[], "traces.sample_ratio: must be 0 to 1, not 1.5"),
+            ("[traces]\nsample_ratio = nan", &[], "traces.sample_ratio: must be 0 to 1, not NaN"),
+            ("[traces]\nendpoint = []", &[], "traces.endpoint: must be a text"),
         ];
         for (file, environment, start) in cases {
             let error = load(file, environment).expect_err(start);

@@ -43,6 +43,7 @@ use crate::retry::Delays;
 use crate::settings::Settings;
 use crate::store::script::Call;
 use crate::store::{EntryFailure, Found, Store, Unavailable};
+use crate::traces::RequestSpan;
 use intake::{Intake, Taken};
 use settling::{Published, PublishedRequest, Settling};
 
@@ -207,13 +208,15 @@ impl<'a> Answering<'a> {
     async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest<'a>>, Stopped> {
         let (metrics, mut clock) = (self.monitor.metrics(), StageClock::new());
         metrics.taken(batch.len(), batch.iter().filter(|delivery| delivery.is_redelivered()).count());
+        let mut spans = self.monitor.traces().begin(&batch);
         fault::reached(Point::Received).await;
         let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
         metrics.passed(Stage::Parse, clock.lap());
         let outcomes = self.outcomes(requests).await?;
         metrics.passed(Stage::Store, clock.lap());
+        RequestSpan::stored(&mut spans);
         fault::reached(Point::ScriptAnswered).await;
-        let published = self.end_all(&batch, outcomes);
+        let published = self.end_all(&batch, outcomes, spans);
         metrics.passed(Stage::Publish, clock.lap());
         fault::reached(Point::ReplyPublished).await;
         Ok(published)
@@ -336,24 +339,38 @@ impl<'a> Answering<'a> {
         }
     }
 
-    fn end_all(&self, batch: &[Delivery], outcomes: Vec<Outcome>) -> Vec<PublishedRequest<'a>> {
+    fn end_all(
+        &self,
+        batch: &[Delivery],
+        outcomes: Vec<Outcome>,
+        spans: Vec<RequestSpan>,
+    ) -> Vec<PublishedRequest<'a>> {
         let _together = self.publisher.together();
-        batch.iter().zip(outcomes).map(|(delivery, outcome)| self.end(delivery, outcome)).collect()
+        let outcomes = batch.iter().zip(outcomes).zip(spans);
+        outcomes.map(|((delivery, outcome), span)| self.end(delivery, outcome, span)).collect()
     }
 
     /// What becomes of a request when it has an outcome. A panic on the way makes it one that failed.
-    fn end(&self, delivery: &Delivery, outcome: Outcome) -> PublishedRequest<'a> {
+    fn end(&self, delivery: &Delivery, outcome: Outcome, mut span: RequestSpan) -> PublishedRequest<'a> {
         let ended = isolated(|| {
             fault::strike(Point::ReplyPublished, delivery.body());
-            self.publish(delivery, self.ending(outcome, delivery))
+            let ending = self.ending(outcome, delivery, &mut span);
+            self.publish(delivery, ending, &span)
         });
-        ended.unwrap_or_else(|| self.publish(delivery, self.ending(Outcome::panicked(), delivery)))
+        let ended = ended.unwrap_or_else(|| {
+            let ending = self.ending(Outcome::panicked(), delivery, &mut span);
+            self.publish(delivery, ending, &span)
+        });
+        ended.traced_by(span)
     }
 
     /// The one place where an outcome becomes an ending.
-    fn ending(&self, outcome: Outcome, delivery: &Delivery) -> Ending {
+    fn ending(&self, outcome: Outcome, delivery: &Delivery, span: &mut RequestSpan) -> Ending {
+        if let Outcome::Failed(Refusal { message: cause, .. }) = &outcome {
+            span.failed(cause);
+        }
         if let Outcome::Refused(refusal) | Outcome::Failed(refusal) = &outcome {
-            log_refusal(refusal, &delivery.message());
+            log_refusal(refusal, delivery, span);
             self.monitor.recent().refused(refusal);
         }
         let has_address = delivery.reply_to().is_some_and(|reply_to| self.names.may_take_replies(reply_to.as_str()));
@@ -366,7 +383,7 @@ impl<'a> Answering<'a> {
         }
     }
 
-    fn publish(&self, delivery: &Delivery, ending: Ending) -> PublishedRequest<'a> {
+    fn publish(&self, delivery: &Delivery, ending: Ending, span: &RequestSpan) -> PublishedRequest<'a> {
         let outcome = ending.outcome();
         let (reply, dead_letter) = match ending {
             Ending::Reply(reply) => (Some(reply), None),
@@ -374,7 +391,7 @@ impl<'a> Answering<'a> {
             Ending::ReplyAndDeadLetter(reply, refusal) => (Some(reply), Some(refusal)),
             Ending::Nothing => (None, None),
         };
-        let reply = reply.and_then(|reply| self.publisher.reply(delivery, reply));
+        let reply = reply.and_then(|reply| self.publisher.reply(delivery, reply, span.context()));
         let dead_letter = dead_letter.map(|refusal| self.publisher.dead_letter(delivery, &refusal));
         PublishedRequest::new(delivery, outcome, reply, dead_letter)
     }
@@ -429,13 +446,15 @@ impl Ending {
 
 /// What a refusal says may quote its request, and that is a customer's: only where and what kind is told. What failed by
 /// our own fault is told whole.
-fn log_refusal(refusal: &Refusal, message: &Message<'_>) {
-    let Message { message_id, correlation_id, .. } = message;
+fn log_refusal(refusal: &Refusal, delivery: &Delivery, span: &RequestSpan) {
+    let Message { message_id, correlation_id, .. } = delivery.message();
+    let trace_id = || span.trace_id(delivery);
     if refusal.exception == Exception::InternalError {
-        error!(cause = refusal.message, message_id, correlation_id, "a request failed and is dead-lettered");
+        let (cause, trace_id) = (&refusal.message, trace_id());
+        error!(cause, message_id, correlation_id, trace_id, "a request failed and is dead-lettered");
     } else {
         let (path, exception) = (refusal.path(), refusal.exception.name());
-        debug!(path, exception, message_id, correlation_id, "a request is refused");
+        debug!(path, exception, message_id, correlation_id, trace_id = trace_id(), "a request is refused");
     }
 }
 

@@ -8,6 +8,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use super::allowance::{Allowance, Share};
 use super::frame_guard::UNREADABLE;
 use crate::request::{Header, Message};
+use crate::traces::TraceHeaders;
 
 /// An unsettled request. What becomes of it is decided elsewhere.
 #[derive(Debug)]
@@ -44,16 +45,28 @@ impl Delivery {
             message_id: given(properties.message_id().as_ref()).map(ShortString::as_str),
             contact_center_id: self.header("ContactCenterId"),
             group_id: self.header("GroupId"),
-            unreadable_properties: self.headers().and_then(|headers| match headers.inner().get(UNREADABLE) {
-                Some(AMQPValue::LongString(reason)) => std::str::from_utf8(reason.as_bytes()).ok(),
-                _ => None,
-            }),
+            unreadable_properties: self.text_header(UNREADABLE),
         }
     }
 
     /// Its number on its channel, by which it is acknowledged.
     pub fn tag(&self) -> u64 {
         self.delivery.delivery_tag
+    }
+
+    /// Where it was published; empty is the default exchange.
+    pub fn exchange(&self) -> &str {
+        self.delivery.exchange.as_str()
+    }
+
+    /// With what it was published.
+    pub fn routing_key(&self) -> &str {
+        self.delivery.routing_key.as_str()
+    }
+
+    /// The trace that it names.
+    pub fn trace_headers(&self) -> TraceHeaders<'_> {
+        TraceHeaders { traceparent: self.text_header("traceparent"), tracestate: self.text_header("tracestate") }
     }
 
     /// How often it has come back to its queue, as a quorum queue counts it; 0 on other queues, unless its producer says
@@ -99,6 +112,13 @@ impl Delivery {
 
     pub(super) fn headers(&self) -> Option<&FieldTable> {
         self.properties().headers().as_ref()
+    }
+
+    fn text_header(&self, name: &str) -> Option<&str> {
+        match self.headers()?.inner().get(name)? {
+            AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok(),
+            _ => None,
+        }
     }
 
     fn header(&self, name: &str) -> Header<'_> {

@@ -17,9 +17,10 @@ use super::delivery::Delivery;
 use super::topology::Names;
 use super::{ANSWER_LIMIT, BrokerError, Valve, within};
 use crate::reply::{Refusal, Reply};
+use crate::traces::TraceContext;
 
-/// Headers that a reply takes over from its request: the trace goes on (W3C Trace Context).
-const CARRIED_ON: [&str; 2] = ["traceparent", "tracestate"];
+/// Headers by which the trace of a request goes on in its reply (W3C Trace Context).
+const TRACE_HEADERS: [&str; 2] = ["traceparent", "tracestate"];
 
 /// Publishes on one connection.
 pub struct Publisher {
@@ -101,18 +102,18 @@ impl Publisher {
         self.cork.put_in()
     }
 
-    /// Sends `reply` to the reply address of `request`; `None` if it has none.
-    pub fn reply(&self, request: &Delivery, reply: Reply) -> Option<Publication<'_>> {
+    /// Sends `reply` to the reply address of `request`; `None` if it has none. Its trace is `trace`, or else what `request`
+    /// says, right or wrong.
+    pub fn reply(&self, request: &Delivery, reply: Reply, trace: Option<TraceContext>) -> Option<Publication<'_>> {
         let address = request.reply_to()?.clone();
         let mut headers = FieldTable::default();
         headers.insert("status".into(), AMQPValue::LongInt(reply.status.into()));
         if let Some(location) = reply.location {
             headers.insert("location".into(), AMQPValue::LongString(location.into()));
         }
-        for name in CARRIED_ON {
-            if let Some(value @ AMQPValue::LongString(_)) = request.headers().and_then(|h| h.inner().get(name)) {
-                headers.insert(name.into(), value.clone());
-            }
+        match trace {
+            Some(trace) => insert_trace(&mut headers, trace),
+            None => carry_on(&mut headers, request.headers()),
         }
         let mut properties =
             BasicProperties::default().with_content_type("application/json".into()).with_headers(headers);
@@ -133,6 +134,22 @@ impl Publisher {
         let properties = properties_of_a_copy(request.properties()).with_headers(headers);
         let body = request.body().to_vec();
         publish(&self.dead_letters, self.dead_letter_exchange.clone(), ShortString::default(), body, properties)
+    }
+}
+
+fn insert_trace(headers: &mut FieldTable, trace: TraceContext) {
+    for (name, value) in TRACE_HEADERS.into_iter().zip([trace.traceparent, trace.tracestate]) {
+        if !value.is_empty() {
+            headers.insert(name.into(), AMQPValue::LongString(value.into()));
+        }
+    }
+}
+
+fn carry_on(headers: &mut FieldTable, from: Option<&FieldTable>) {
+    for name in TRACE_HEADERS {
+        if let Some(value @ AMQPValue::LongString(_)) = from.and_then(|from| from.inner().get(name)) {
+            headers.insert(name.into(), value.clone());
+        }
     }
 }
 

@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn what_a_sender_wrote_is_text_on_the_page() {
         let settings = Settings::load(None).unwrap();
-        let monitor = Monitor::new(&settings);
+        let monitor = Monitor::new(&settings, crate::traces::Traces::default());
         monitor.recent.refused(&Refusal::invalid("services[0][\"<script>\"]: unknown key".to_owned()));
         let page = html(&monitor, &settings.to_toml());
         assert!(page.contains("services[0][&quot;&lt;script&gt;&quot;]"), "{page}");

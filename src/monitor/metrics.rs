@@ -38,7 +38,8 @@ impl Outcome {
     const ALL: [Self; 6] =
         [Self::Answered, Self::Done, Self::Refused, Self::DeadLettered, Self::Failed, Self::GivenBack];
 
-    fn label(self) -> &'static str {
+    /// The value of the label.
+    pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Answered => "answered",
             Self::Done => "done",

@@ -8,6 +8,7 @@ pub mod recent;
 use std::sync::Arc;
 
 use crate::settings::Settings;
+use crate::traces::Traces;
 use health::{Health, LaneHealth};
 use metrics::Metrics;
 use recent::Recent;
@@ -21,16 +22,19 @@ pub struct Monitor {
     pub health: Health,
     /// The last minutes.
     pub recent: Recent,
+    /// Spans of requests.
+    pub traces: Traces,
 }
 
 impl Monitor {
-    /// For a worker with these settings.
-    pub fn new(settings: &Settings) -> Arc<Self> {
+    /// For a worker with these settings, which records `traces`.
+    pub fn new(settings: &Settings, traces: Traces) -> Arc<Self> {
         let in_hand_limit = settings.worker.lanes.saturating_mul(settings.amqp.prefetch.into());
         Arc::new(Self {
             metrics: Metrics::new(in_hand_limit),
             health: Health::new(settings.worker.lanes, settings.worker.stall_seconds),
             recent: Recent::default(),
+            traces,
         })
     }
 
@@ -57,5 +61,10 @@ impl LaneMonitor {
     /// Shared by all lanes.
     pub fn recent(&self) -> &Recent {
         &self.monitor.recent
+    }
+
+    /// Shared by all lanes.
+    pub fn traces(&self) -> &Traces {
+        &self.monitor.traces
     }
 }

@@ -15,6 +15,7 @@ use crate::amqp::publisher::{Fate, Publication};
 use crate::amqp::{BrokerError, Valve};
 use crate::fault::{self, Point};
 use crate::monitor::metrics::{Metrics, Outcome, Stage};
+use crate::traces::RequestSpan;
 use crate::worker::InHand;
 
 /// For the broker to confirm what was published.
@@ -43,6 +44,7 @@ pub(super) struct PublishedRequest<'a> {
     dead_letter: Option<Publication<'a>>,
     /// Before it goes back to the queue, if it must.
     pause: Duration,
+    span: RequestSpan,
 }
 
 impl<'a> PublishedRequest<'a> {
@@ -53,8 +55,20 @@ impl<'a> PublishedRequest<'a> {
         dead_letter: Option<Publication<'a>>,
     ) -> Self {
         let pause = pause(delivery.returns(), delivery.is_redelivered());
-        Self { tag: delivery.tag(), outcome, reply, dead_letter, pause }
+        Self { tag: delivery.tag(), outcome, reply, dead_letter, pause, span: RequestSpan::default() }
     }
+
+    /// Its span ends with it.
+    pub(super) fn traced_by(self, span: RequestSpan) -> Self {
+        Self { span, ..self }
+    }
+}
+
+/// A request that may be acknowledged.
+struct Settled {
+    tag: u64,
+    outcome: Outcome,
+    span: RequestSpan,
 }
 
 /// A queue whose replies nobody takes must not make the worker and the broker turn at full speed.
@@ -109,28 +123,30 @@ impl<'a> Settling<'a> {
         let rest = self.settle_each(batch.requests, &mut settled).await;
         self.metrics.passed(Stage::Confirm, batch.sent_at.elapsed());
         fault::reached(Point::Confirmed).await;
-        let tags: Vec<_> = settled.iter().map(|(tag, _)| *tag).collect();
+        let tags: Vec<_> = settled.iter().map(|settled| settled.tag).collect();
         let acknowledged = self.acknowledge(&tags).await;
         fault::reached(Point::Acknowledged).await;
         acknowledged?;
         let took = batch.taken_at.elapsed();
-        for (_, outcome) in &settled {
-            self.metrics.settled(*outcome, took);
+        let leaving = if rest.is_ok() { count } else { settled.len() };
+        for Settled { outcome, span, .. } in settled {
+            self.metrics.settled(outcome, took);
+            span.settled(outcome);
         }
-        self.in_hand.remove(if rest.is_ok() { count } else { settled.len() });
+        self.in_hand.remove(leaving);
         rest
     }
 
-    /// Collects in `settled`, in their order, the numbers and ends of those that may be acknowledged.
+    /// Collects in `settled`, in their order, those that may be acknowledged.
     async fn settle_each(
         &mut self,
         mut requests: Vec<PublishedRequest<'_>>,
-        settled: &mut Vec<(u64, Outcome)>,
+        settled: &mut Vec<Settled>,
     ) -> Result<(), BrokerError> {
         let mut valve = self.valve.clone();
         let overdue = valve.overdue(CONFIRM_LIMIT).shared();
         last_heard(&mut requests, overdue.clone()).await;
-        for PublishedRequest { tag, outcome, reply, dead_letter, pause } in requests {
+        for PublishedRequest { tag, outcome, reply, dead_letter, pause, span } in requests {
             let reply = confirmed(reply, &overdue).await?;
             let dead_letter = confirmed(dead_letter, &overdue).await?;
             if reply == Some(Fate::Returned) {
@@ -139,10 +155,11 @@ impl<'a> Settling<'a> {
             match settlement(reply, dead_letter) {
                 Settlement::Acknowledge => {
                     self.held.remove(&tag);
-                    settled.push((tag, outcome));
+                    settled.push(Settled { tag, outcome, span });
                 }
                 Settlement::GiveBack => {
                     self.metrics.given_back();
+                    span.settled(Outcome::GivenBack);
                     self.held.insert(tag);
                     self.pauses.push(sleep(pause).map(move |()| tag).boxed());
                 }

@@ -11,6 +11,7 @@ use composite_start::lanes;
 use composite_start::monitor::Monitor;
 use composite_start::session::RunError;
 use composite_start::settings::{QueueType, Settings};
+use composite_start::traces::Traces;
 use futures_util::StreamExt;
 use futures_util::stream;
 use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions};
@@ -372,7 +373,7 @@ impl InProcess {
     fn start(settings: Settings) -> Self {
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
-            lanes::run(&settings, &Monitor::new(&settings), async { drop(stopped.await) }).await
+            lanes::run(&settings, &Monitor::new(&settings, Traces::default()), async { drop(stopped.await) }).await
         });
         Self { stop: Some(stop), task }
     }

@@ -216,7 +216,12 @@ pub async fn run_within(limit: Duration, mut command: Command, input: &str) -> E
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     let ended = output.status.code();
-    assert!(ended.is_some(), "{command:?} did not end within {} s: {}\n{stdout}{stderr}", limit.as_secs(), output.status);
+    assert!(
+        ended.is_some(),
+        "{command:?} did not end within {} s: {}\n{stdout}{stderr}",
+        limit.as_secs(),
+        output.status
+    );
     Ended { code: ended, stdout, stderr }
 }
 

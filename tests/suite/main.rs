@@ -26,6 +26,8 @@ mod logs;
 mod model;
 mod observability;
 mod odd_messages;
+#[cfg(feature = "otel")]
+mod otlp_receiver;
 mod poison;
 mod private_redis;
 mod privileges;
@@ -41,4 +43,5 @@ mod store;
 mod store_faults;
 mod tls;
 mod topology;
+mod traces;
 mod versions;
