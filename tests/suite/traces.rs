@@ -71,7 +71,7 @@ mod spans {
 
     use super::*;
     use crate::authority::Authority;
-    use crate::harness::{Worker, eventually};
+    use crate::harness::{Worker, eventually, soon};
     use crate::otlp_receiver::{Received, Receiver};
 
     async fn worker_that_traces(space: &Space, collector: &Receiver) -> Worker {
@@ -225,21 +225,23 @@ mod spans {
     async fn a_receiver_that_is_away_costs_two_lines_and_no_request() {
         let space = Space::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
-        let worker = space.worker_with(&[("traces.endpoint", &format!("http://{address}"))]).await;
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let worker = space.worker_with(&[("traces.endpoint", &endpoint)]).await;
         let mut client = space.client().await;
-        assert_eq!(client.request(body(&[entry("C", "t", "s", "k")])).await.status, 200);
+        for _ in 0..3 {
+            assert_eq!(client.request(body(&[entry("C", "t", "s", "k")])).await.status, 200);
+            drop(soon("an attempt to send the span", listener.accept()).await);
+        }
         worker.says("spans are lost").await;
-        let collector = Receiver::start_on(TcpListener::bind(address).await.unwrap());
+        let collector = Receiver::start_on(listener);
         eventually("a span", async || {
             assert_eq!(client.request(body(&[entry("C", "t", "s", "k")])).await.status, 200);
             (!collector.spans_so_far().is_empty()).then_some(())
         })
         .await;
-        worker.says("spans are taken again lost=").await;
+        worker.says("spans are taken again lost=3").await;
         let log = worker.log();
-        assert!(log.contains("Connection refused"), "{log}");
+        assert!(log.contains("cause="), "{log}");
         assert_eq!((log.matches("spans are lost").count(), log.matches("taken again").count()), (1, 1), "{log}");
     }
 
