@@ -53,7 +53,7 @@ async fn a_build_without_otel_hands_a_trace_on_and_refuses_to_send_it_anywhere()
         let reply = client.exchange(&traced).await;
         assert_eq!(trace_of(&reply), (traceparent.to_owned(), tracestate.to_owned()));
     }
-    let refused = space.run(&["worker"], &[("traces.endpoint", "http://127.0.0.1:4318")], "").await;
+    let refused = space.run(&["check"], &[("traces.endpoint", "http://127.0.0.1:4318")], "").await;
     assert_eq!(refused.code, Some(2));
     let line = "composite-start: traces.endpoint: this build sends no traces: build it with `cargo build --release \
                 --features otel`, or leave it empty\n";
@@ -135,7 +135,11 @@ mod spans {
         let _worker = worker_that_traces(&space, &collector).await;
         let mut told = BTreeSet::new();
         for _ in 0..REQUESTS {
-            told.insert(trace_of(&client.reply().await).0);
+            let reply = client.reply().await;
+            let traceparent = trace_of(&reply).0;
+            let number: usize = reply.properties.correlation_id().as_ref().unwrap().as_str()[1..].parse().unwrap();
+            assert_eq!(traceparent[3..35], format!("{number:032x}"), "the trace of another request");
+            told.insert(traceparent);
         }
         let received = collector.spans(REQUESTS).await;
         let families = received.iter().map(|received| (received.trace_id(), received.parent_id()));
@@ -304,7 +308,7 @@ mod spans {
             ("http://h:4318/v1/traces", "leave /v1/traces out: it is added"),
         ];
         for (endpoint, start) in cases {
-            let refused = Space::new().run(&["worker"], &[("traces.endpoint", endpoint)], "").await;
+            let refused = Space::new().run(&["check"], &[("traces.endpoint", endpoint)], "").await;
             assert_eq!((refused.code, refused.stderr.lines().count()), (Some(2), 1), "{}", refused.stderr);
             assert!(
                 refused.stderr.starts_with(&format!("composite-start: traces.endpoint: {start}")),
