@@ -20,9 +20,11 @@
 //! - [`monitor`], [`http`]: what it tells of itself, and where that is served;
 //! - [`traces`]: which trace a request belongs to, and its span;
 //! - [`server_version`]: which servers are too old;
+//! - [`client`]: the other side, for programs that ask;
 //! - [`settings`], [`retry`], [`telemetry`], [`command`], [`version`]: what a program needs besides.
 
 pub mod amqp;
+pub mod client;
 mod clock;
 pub mod command;
 mod credentials;
@@ -32,6 +34,7 @@ pub mod http;
 pub mod identity;
 pub mod lanes;
 pub mod monitor;
+mod outage;
 mod pulse;
 pub mod reply;
 pub mod request;
@@ -44,3 +47,5 @@ pub mod telemetry;
 pub mod traces;
 pub mod version;
 pub mod worker;
+
+pub use client::Client;

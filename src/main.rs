@@ -160,7 +160,7 @@ async fn send_one(settings: &Settings, arguments: &SendArguments) -> ExitCode {
     match send(settings, arguments, &mut io::stdout(), &mut io::stderr()).await {
         Ok(Sent::Answered) => ExitCode::SUCCESS,
         Ok(Sent::Refused) => ExitCode::from(FAILED),
-        Err(error @ (SendError::Broker(_) | SendError::Timeout(_))) => fail(NO_ANSWER, &error),
+        Err(error @ (SendError::Broker(_) | SendError::NoAnswer(_) | SendError::Timeout(_))) => fail(NO_ANSWER, &error),
         Err(error @ SendError::Output(_)) => fail(FAILED, &error),
         Err(error @ SendError::Input { .. }) => fail(WRONG_SETTINGS, &error),
     }

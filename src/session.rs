@@ -3,19 +3,19 @@
 //! Every end of a connection, a channel or the consumer, and every silence, leads to the same: drop all of it, wait,
 //! and build it anew. What was in hand goes back to the queue, and a repeat gets the same answer.
 
-use std::collections::HashSet;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::sleep;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::amqp::topology::TopologyError;
 use crate::amqp::{Broker, BrokerError, Endpoints, Probe};
 use crate::monitor::LaneMonitor;
 use crate::monitor::health::Parts;
 use crate::monitor::metrics::Server;
+use crate::outage::Outage;
 use crate::pulse::{Pulse, turn};
 use crate::retry::Delays;
 use crate::server_version::{TooOld, Version};
@@ -74,7 +74,7 @@ pub(crate) async fn supervise(
 async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Receiver<bool>) -> Result<(), RunError> {
     let mut store = Store::new(&settings.redis, settings.store.on_found)?;
     let mut delays = Delays::new();
-    let mut outage = Outage::default();
+    let mut outage = Outage::new("not consuming");
     let mut has_worked = false;
     loop {
         let session = tokio::select! {
@@ -226,30 +226,4 @@ fn note_end(end: &End, monitor: &LaneMonitor) {
         monitor.metrics().disconnected(server);
     }
     monitor.health.works(|parts| *parts = Parts { redis: parts.redis, ..Parts::NONE });
-}
-
-/// An outage is a line when it begins, one for each further cause, and one when it ends.
-#[derive(Default)]
-struct Outage {
-    since: Option<Instant>,
-    causes: HashSet<String>,
-}
-
-impl Outage {
-    /// Texts kept, at most: a server may put a number of its own into each of its objections.
-    const CAUSES: usize = 16;
-
-    fn goes_on(&mut self, cause: &str) {
-        self.since.get_or_insert_with(Instant::now);
-        if self.causes.len() < Self::CAUSES && self.causes.insert(cause.to_owned()) {
-            warn!(cause, "not consuming; trying again until it works");
-        }
-    }
-
-    fn ends(&mut self) {
-        if let Some(since) = self.since.take() {
-            info!(seconds = since.elapsed().as_secs(), "the outage is over");
-            self.causes.clear();
-        }
-    }
 }

@@ -4,7 +4,8 @@
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
 //! ends one for good, `cork` keeps a batch of replies in one write, `greeting` tells the broker's version, `probe` asks
 //! whether anybody is there. Nothing here decides what becomes of a message. `requester` and `wire` are the other side:
-//! one request, and very many. `dead_letters` is for a person's hand, `address` is where the broker is, with TLS and login.
+//! the connection of the crate's client, and that of the load generator. `dead_letters` is for a person's hand, `address`
+//! is where the broker is, with TLS and login.
 //!
 //! lapin's automatic recovery is off: `session` drops everything and starts over, which is one way to be right.
 

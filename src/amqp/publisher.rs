@@ -43,16 +43,24 @@ pub enum Fate {
 
 /// A publication under way: its frames are queued for sending; it ends with the broker's word. Small, since it is moved
 /// for each reply: lapin's own word has room for a whole returned message.
-pub struct Publication<'a>(MaybeDone<BoxFuture<'a, Result<Fate, BrokerError>>>);
+pub struct Publication<'a, T = Fate>(MaybeDone<BoxFuture<'a, Result<T, BrokerError>>>);
 
-impl Publication<'_> {
+impl<'a, T> Publication<'a, T> {
+    /// Polls it once: its frames are with lapin then, in the order of the calls. Many started before one is waited for
+    /// travel together; one at a time would pay for a thread hop each.
+    pub(super) fn start(published: impl Future<Output = Result<T, BrokerError>> + Send + 'a) -> Self {
+        let mut publication = Self(maybe_done(Box::pin(published)));
+        let _ = publication.heard().now_or_never();
+        publication
+    }
+
     /// Waits for the broker's word. The caller sets the limit.
     pub async fn heard(&mut self) {
         Pin::new(&mut self.0).await;
     }
 
     /// Waits for the broker's word, and tells it. The caller sets the limit.
-    pub async fn fate(mut self) -> Result<Fate, BrokerError> {
+    pub async fn fate(mut self) -> Result<T, BrokerError> {
         self.heard().await;
         Pin::new(&mut self.0).take_output().expect("it was heard, and is told once")
     }
@@ -185,8 +193,6 @@ pub(super) async fn confirming_channel(connection: &Connection) -> Result<Channe
     Ok(channel)
 }
 
-/// Starts a publication: polled once, its frames are with lapin, in the order of the calls. Many started before one
-/// is waited for travel together; one at a time would pay for a thread hop each.
 pub(super) fn publish(
     channel: &Channel,
     exchange: ShortString,
@@ -195,13 +201,10 @@ pub(super) fn publish(
     properties: BasicProperties,
 ) -> Publication<'_> {
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let published = async move {
+    Publication::start(async move {
         match channel.basic_publish(exchange, routing_key, options, &body, properties).await {
             Ok(confirm) => fate(confirm.await),
             Err(error) => fate(Err(error)),
         }
-    };
-    let mut publication = Publication(maybe_done(Box::pin(published)));
-    let _ = publication.heard().now_or_never();
-    publication
+    })
 }

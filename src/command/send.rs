@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::amqp::BrokerError;
-use crate::amqp::requester::{Answer, Requester};
+use crate::client::{Answer, Call, Client, NoAnswer};
 use crate::settings::Settings;
 
 /// What to send.
@@ -44,9 +44,12 @@ pub enum SendError {
         /// What the system said.
         cause: io::Error,
     },
-    /// The broker could not be reached, or has no such queue.
+    /// The broker could not be reached.
     #[error("no answer: {0}")]
     Broker(#[from] BrokerError),
+    /// The broker does not take the request.
+    #[error("no answer: {0}")]
+    NoAnswer(NoAnswer),
     /// Nobody answered.
     #[error("no answer in {0} s: is a worker running on this queue?")]
     Timeout(u64),
@@ -67,8 +70,8 @@ pub async fn send(
 ) -> Result<Sent, SendError> {
     let body = read_body(&arguments.file)?;
     let limit = Duration::from_secs(arguments.timeout);
-    let answer = tokio::time::timeout(limit, request(settings, arguments, &body));
-    let Answer { status, location, body } = answer.await.map_err(|_| SendError::Timeout(arguments.timeout))??;
+    let answer = tokio::time::timeout(limit, request(settings, arguments, body, limit));
+    let Answer { status, location, body } = answer.await.unwrap_or(Err(SendError::Timeout(arguments.timeout)))?;
     writeln!(notes, "status: {status}")?;
     if let Some(location) = location {
         writeln!(notes, "location: {location}")?;
@@ -78,12 +81,26 @@ pub async fn send(
     Ok(if status == 200 { Sent::Answered } else { Sent::Refused })
 }
 
-async fn request(settings: &Settings, arguments: &SendArguments, body: &[u8]) -> Result<Answer, BrokerError> {
-    let mut requester = Requester::connect(&settings.amqp).await?;
-    let answer =
-        requester.request(&settings.amqp.queue, body, arguments.message_id.as_deref(), &arguments.headers).await;
-    requester.close().await;
-    answer
+async fn request(
+    settings: &Settings,
+    arguments: &SendArguments,
+    body: Vec<u8>,
+    limit: Duration,
+) -> Result<Answer, SendError> {
+    let mut call = Call::new(body).within(limit);
+    if let Some(id) = &arguments.message_id {
+        call = call.message_id(id);
+    }
+    for (name, value) in &arguments.headers {
+        call = call.header(name, value);
+    }
+    let client = Client::builder(&settings.amqp).name("composite-start send").connect().await?;
+    let answer = client.ask(call).await;
+    client.close().await;
+    answer.map_err(|none| match none {
+        NoAnswer::Timeout(_) => SendError::Timeout(arguments.timeout),
+        none => SendError::NoAnswer(none),
+    })
 }
 
 fn read_body(file: &PathBuf) -> Result<Vec<u8>, SendError> {

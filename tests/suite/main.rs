@@ -9,6 +9,7 @@ mod authority;
 mod bench;
 mod broker_user;
 mod checker;
+mod client;
 mod commands;
 mod contract;
 mod crash_points;
