@@ -247,15 +247,17 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// `level message` of each event in a file. Left out are the last words of main.rs, which are an error's own, and the
-/// faults that tests put in.
+/// faults that tests put in; what an outage means is said where it is made.
 fn events(file: &Path) -> Vec<String> {
     let source = std::fs::read_to_string(file).unwrap();
-    let of_level = |level: &'static str| {
-        let source = source.clone();
-        let calls: Vec<_> = source.split(&format!("{level}!(")).skip(1).map(str::to_owned).collect();
+    let calls = |of: &str| source.split(of).skip(1).map(str::to_owned).collect::<Vec<_>>();
+    let logged = ["error", "warn", "info", "debug"].into_iter().flat_map(|level| {
+        let calls = calls(&format!("{level}!("));
         calls.into_iter().filter_map(move |call| Some(format!("{level} {}", message(&call)?)))
-    };
-    ["error", "warn", "info", "debug"].into_iter().flat_map(of_level).collect()
+    });
+    let outages = calls("Outage::new(\"").into_iter();
+    let outages = outages.map(|call| format!("warn {}; trying again until it works", call.split('"').next().unwrap()));
+    logged.chain(outages).collect()
 }
 
 /// The last text of a call's arguments.
