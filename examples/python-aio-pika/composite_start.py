@@ -38,7 +38,7 @@ async def request(url: str, queue: str, body: bytes, message_id: str, timeout: f
     asking = asyncio.create_task(ask_until_answered(url, queue, message))
     try:
         # Not asyncio.timeout, which would wait for the connection to close: a broker gone silent draws that out.
-        await asyncio.wait([asking])
+        await asyncio.wait([asking], timeout=timeout)
         if not asking.done():
             raise NoAnswer(f"no answer in {timeout:g} s: is a worker running on this queue?")
         return asking.result()
