@@ -66,10 +66,12 @@ impl Reader {
     pub async fn by_id(&mut self, id: u64) -> Result<Option<Tree>, ReadError> {
         let bucket = u16::try_from(id % BUCKETS).expect("a remainder of 16384 fits");
         let ids = keys::ids(&self.settings.key_prefix, bucket);
-        match self.ask::<Option<String>>(&ids, redis::cmd("HGET").arg(&ids).arg(id)).await? {
-            Some(identity) => self.tree(keys::tree(&self.settings.key_prefix, bucket, &identity)).await,
-            None => Ok(None),
-        }
+        let identity: Option<String> = self.ask(&ids, redis::cmd("HGET").arg(&ids).arg(id)).await?;
+        let Some(identity) = identity else { return Ok(None) };
+        let tree = self.tree(keys::tree(&self.settings.key_prefix, bucket, &identity)).await?;
+        // Ids outlive their tree: where it was deleted, the next request of the same identity made another service.
+        let is_asked_for = |tree: &Tree| tree.objects.iter().any(|object| object.at == "service" && object.id == id);
+        Ok(tree.filter(is_asked_for))
     }
 
     /// The objects of the active service with this identity; `None` if there is none.

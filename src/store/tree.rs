@@ -2,6 +2,10 @@
 
 use std::collections::BTreeMap;
 
+/// Bytes of a token and of a time, as the script writes them into a pointer.
+const TOKEN: usize = 16;
+const UPDATED: usize = 24;
+
 /// One active object of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Object {
@@ -44,6 +48,12 @@ pub fn read(fields: &BTreeMap<String, String>) -> Option<Vec<Object>> {
 /// An object without its record and data.
 fn read_pointer(at: &str, pointer: &str) -> Option<Object> {
     let [id, token, updated] = *pointer.splitn(3, ':').collect::<Vec<_>>() else { return None };
+    let is_token = token.len() == TOKEN && token.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_time =
+        updated.len() == UPDATED && updated.bytes().all(|byte| byte.is_ascii_digit() || b"-:.TZ".contains(&byte));
+    if !is_token || !is_time {
+        return None;
+    }
     Some(Object {
         at: at.to_owned(),
         id: id.parse().ok()?,

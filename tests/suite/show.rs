@@ -123,6 +123,24 @@ async fn an_unknown_id_is_one_line_and_exit_code_4() {
 }
 
 #[tokio::test]
+async fn the_id_of_a_service_that_was_deleted_does_not_show_its_successor() {
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let mut client = space.client().await;
+    let request = body(&[entry("C1", "booking", "new", "call")]);
+    let deleted = client.request(request.clone()).await.ids(0)[0];
+    let mut redis = space.redis().await;
+    let trees: Vec<String> = redis.keys(format!("{}:*tree*", space.key_prefix)).await.unwrap();
+    let _: () = redis.del(&trees).await.unwrap();
+    assert_eq!(show(&space, &[&deleted.to_string()]).await.code, Some(4));
+    let successor = client.request(request).await.ids(0)[0];
+    assert_ne!(successor, deleted);
+    let ended = show(&space, &[&deleted.to_string()]).await;
+    assert_eq!((ended.code, &*ended.stdout), (Some(4), ""));
+    assert_eq!(shown_json(&space, &[&successor.to_string()]).await["service_id"], successor);
+}
+
+#[tokio::test]
 async fn a_record_that_someone_else_wrote_to_is_named_and_not_shown() {
     let space = Space::new();
     let _worker = space.worker().await;
@@ -138,6 +156,10 @@ async fn a_record_that_someone_else_wrote_to_is_named_and_not_shown() {
     let _: () = redis.hset(&trees[0], id.to_string(), "{\"type\":").await.unwrap();
     damaged().await;
     let _: () = redis.hset(&trees[0], "service", "what?").await.unwrap();
+    damaged().await;
+    // Closes more than was opened, and would clear the screen.
+    let _: () = redis.hset(&trees[0], id.to_string(), "{\"type\":1,\"started\":{}}").await.unwrap();
+    let _: () = redis.hset(&trees[0], "service", format!("{id}:0123456789abcdef:\"}}]\u{1b}[2J")).await.unwrap();
     damaged().await;
     let _: () = redis.set(&trees[0], "text").await.unwrap();
     damaged().await;
