@@ -22,7 +22,7 @@ COPY --from=build /build/target/release/composite-start /usr/local/bin/
 # The authorities that amqps:// and rediss:// trust unless a ca_file names others.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 USER 10001:10001
-# Health, metrics and the page, where http.listen is 0.0.0.0:9464.
-EXPOSE 9464
+# Health, metrics and the page, where http.listen is 0.0.0.0:9464; the gateway, where gateway.listen is 0.0.0.0:8080.
+EXPOSE 9464 8080
 ENTRYPOINT ["composite-start"]
 CMD ["worker"]

@@ -92,6 +92,7 @@ struct Shared {
 pub struct Call {
     body: Vec<u8>,
     content_type: Option<String>,
+    content_encoding: Option<String>,
     message_id: Option<String>,
     headers: Vec<(String, String)>,
     limit: Duration,
@@ -103,6 +104,7 @@ impl Call {
         Self {
             body: body.into(),
             content_type: Some("application/json".to_owned()),
+            content_encoding: None,
             message_id: None,
             headers: Vec::new(),
             limit: ANSWER_LIMIT,
@@ -128,6 +130,13 @@ impl Call {
     #[must_use]
     pub fn content_type(mut self, content_type: Option<String>) -> Self {
         self.content_type = content_type;
+        self
+    }
+
+    /// How the body claims to be encoded; it claims nothing unless told.
+    #[must_use]
+    pub fn content_encoding(mut self, content_encoding: Option<String>) -> Self {
+        self.content_encoding = content_encoding;
         self
     }
 
@@ -337,9 +346,11 @@ impl Client {
     /// # Errors
     /// Why there is none.
     pub async fn ask(&self, call: Call) -> Result<Answer, NoAnswer> {
-        let Call { body, content_type, message_id, headers, limit } = call;
+        let Call { body, content_type, content_encoding, message_id, headers, limit } = call;
         let message_id = message_id.unwrap_or_else(|| self.0.message_ids.next());
-        let outgoing = Outgoing::new(body, content_type.as_deref(), &message_id, &headers).map_err(NoAnswer::Unfit)?;
+        let outgoing = Outgoing::new(body, &message_id, &headers)
+            .and_then(|outgoing| outgoing.claiming(content_type.as_deref(), content_encoding.as_deref()))
+            .map_err(NoAnswer::Unfit)?;
         let shared = &self.0.shared;
         let mut has_room = false;
         let asked = async {

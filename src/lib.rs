@@ -20,7 +20,7 @@
 //! - [`monitor`], [`http`]: what it tells of itself, and where that is served;
 //! - [`traces`]: which trace a request belongs to, and its span;
 //! - [`server_version`]: which servers are too old;
-//! - [`client`]: the other side, for programs that ask;
+//! - [`client`]: the other side, for programs that ask; [`gateway`]: the same over HTTP;
 //! - [`settings`], [`retry`], [`telemetry`], [`command`], [`version`]: what a program needs besides.
 
 pub mod amqp;
@@ -30,6 +30,7 @@ pub mod command;
 mod credentials;
 mod escape;
 mod fault;
+pub mod gateway;
 pub mod http;
 pub mod identity;
 pub mod lanes;

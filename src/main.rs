@@ -58,6 +58,8 @@ enum Invocation {
 enum Command {
     /// Work until SIGTERM or SIGINT, then drain and exit 0
     Worker,
+    /// Take requests over HTTP and answer what workers answer, until SIGTERM or SIGINT; then finish them and exit 0
+    Gateway,
     /// Send one request and print the answer: exit 0 on status 200, 1 on a refusal, 3 on no answer
     Send(SendArguments),
     /// Send many requests, check every answer, and print how fast they came and what they cost: exit 0, 1 if an answer is
@@ -100,6 +102,7 @@ fn main() -> ExitCode {
     let code = runtime.block_on(async {
         match command {
             Command::Worker => Box::pin(worker(&settings)).await,
+            Command::Gateway => Box::pin(gateway(&settings)).await,
             Command::Send(arguments) => send_one(&settings, &arguments).await,
             Command::Bench(arguments) => measure(settings.clone(), arguments).await,
             Command::Check => end(check(&settings, &mut io::stdout()).await),
@@ -153,6 +156,22 @@ async fn worker(settings: &Settings) -> ExitCode {
             tracing::warn!("a second signal: ended at once, the requests in hand go back to the queue");
             ExitCode::from(INTERRUPTED)
         }
+    }
+}
+
+async fn gateway(settings: &Settings) -> ExitCode {
+    telemetry::init(&settings.log);
+    let (mut drain, mut impatient) = match (StopSignals::new(), StopSignals::new()) {
+        (Ok(drain), Ok(impatient)) => (drain, impatient),
+        (Err(error), _) | (_, Err(error)) => return fail(FAILED, &error),
+    };
+    let impatient = async {
+        impatient.next().await;
+        impatient.next().await;
+    };
+    tokio::select! {
+        ended = composite_start::gateway::run(settings, drain.next()) => end(ended),
+        () = impatient => ExitCode::from(INTERRUPTED),
     }
 }
 

@@ -33,6 +33,8 @@ pub struct Settings {
     pub worker: Worker,
     /// The address of the health and metrics pages.
     pub http: Http,
+    /// Requests over HTTP.
+    pub gateway: Gateway,
     /// Logs.
     pub log: Log,
     /// Traces.
@@ -137,6 +139,32 @@ pub struct Worker {
 pub struct Http {
     /// `address:port`, or empty.
     pub listen: String,
+}
+
+/// `gateway.*`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gateway {
+    /// `address:port`
+    pub listen: String,
+    /// From when a request is there to the answer 504.
+    pub timeout_ms: u64,
+    /// Requests that wait for workers, at most.
+    pub in_flight: usize,
+    /// Connections, at most.
+    pub connections: usize,
+    /// Until a connection on which nothing is asked is closed.
+    pub idle_seconds: u64,
+    /// For a body to arrive.
+    pub body_seconds: u64,
+    /// Bytes of bodies in memory, at most.
+    pub body_memory_bytes: usize,
+    /// Bytes of a request's line and headers, at most.
+    pub header_bytes: usize,
+    /// Headers of a request, at most.
+    pub headers: usize,
+    /// Requests at once on one connection of HTTP/2, at most.
+    pub streams: u32,
 }
 
 /// `log.*`
@@ -378,9 +406,28 @@ impl Settings {
         check_range("worker.lanes", self.worker.lanes, 1, 64)?;
         check_range("worker.stall_seconds", self.worker.stall_seconds, 0, 86_400)?;
         check_listen(&self.http.listen)?;
+        self.gateway.check(self.limits.body_bytes)?;
         check_filter(&self.log.filter)?;
         check_traces_endpoint(&self.traces.endpoint)?;
         check_range("traces.sample_ratio", self.traces.sample_ratio, 0.0, 1.0)
+    }
+}
+
+impl Gateway {
+    fn check(&self, body_bytes: usize) -> Result<(), SettingsError> {
+        if self.listen.parse::<std::net::SocketAddr>().is_err() {
+            let rule = format!("{:?} is not an address like 127.0.0.1:8080", self.listen);
+            return Err(SettingsError::new("gateway.listen", rule));
+        }
+        check_range("gateway.timeout_ms", self.timeout_ms, 1, 600_000)?;
+        check_range("gateway.in_flight", self.in_flight, 1, 100_000)?;
+        check_range("gateway.connections", self.connections, 1, 100_000)?;
+        check_range("gateway.idle_seconds", self.idle_seconds, 1, 3600)?;
+        check_range("gateway.body_seconds", self.body_seconds, 1, 3600)?;
+        check_range("gateway.body_memory_bytes", self.body_memory_bytes, body_bytes, u32::MAX as usize)?;
+        check_range("gateway.header_bytes", self.header_bytes, 8192, 1024 * 1024)?;
+        check_range("gateway.headers", self.headers, 1, 1000)?;
+        check_range("gateway.streams", self.streams, 1, 10_000)
     }
 }
 
@@ -647,6 +694,10 @@ mod tests {
             ("[worker]\nlanes = 0", &[], "worker.lanes"),
             ("[worker]\nlanes = 65", &[], "worker.lanes"),
             ("[http]\nlisten = \"9464\"", &[], "http.listen"),
+            ("[gateway]\nlisten = \"\"", &[], "gateway.listen: \"\" is not an address"),
+            ("[gateway]\ntimeout_ms = 0", &[], "gateway.timeout_ms: must be 1 to 600000, not 0"),
+            ("[gateway]\nbody_memory_bytes = 1", &[], "gateway.body_memory_bytes: must be 1048576 to"),
+            ("[gateway]\nheader_bytes = 100", &[], "gateway.header_bytes: must be 8192 to"),
             ("[log]\nfilter = \"a=b=c\"", &[], "log.filter"),
             ("[log]\nformat = \"xml\"", &[], "log.format"),
             ("[traces]\nsample_ratio = 1.5", &[], "traces.sample_ratio: must be 0 to 1, not 1.5"),

@@ -35,16 +35,11 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// `content_type` is the one that it claims, if any.
+    /// A request of this name.
     ///
     /// # Errors
     /// What does not fit into a message, in one line.
-    pub fn new(
-        body: Vec<u8>,
-        content_type: Option<&str>,
-        message_id: &str,
-        headers: &[(String, String)],
-    ) -> Result<Self, String> {
+    pub fn new(body: Vec<u8>, message_id: &str, headers: &[(String, String)]) -> Result<Self, String> {
         let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len()).sum();
         if bytes > LARGEST_PROPERTIES {
             return Err(format!("headers: {bytes} bytes, more than {LARGEST_PROPERTIES}"));
@@ -53,17 +48,28 @@ impl Outgoing {
         for (name, value) in headers {
             table.insert(short_string("header name", name)?, AMQPValue::LongString(value.as_str().into()));
         }
-        let mut properties = BasicProperties::default()
+        // No expiration: a request that is worked too late is found by its repeat, while an expired one would lie among
+        // the dead letters, where a person looks.
+        let properties = BasicProperties::default()
             .with_delivery_mode(PERSISTENT)
             .with_reply_to(DIRECT_REPLY_TO.into())
             .with_message_id(short_string("message id", message_id)?)
             .with_headers(table);
-        // No expiration: a request that is worked too late is found by its repeat, while an expired one would lie among
-        // the dead letters, where a person looks.
-        if let Some(content_type) = content_type {
-            properties = properties.with_content_type(short_string("content type", content_type)?);
-        }
         Ok(Self { body, properties })
+    }
+
+    /// The same with what the body claims to be.
+    ///
+    /// # Errors
+    /// What does not fit into a message, in one line.
+    pub fn claiming(mut self, content_type: Option<&str>, content_encoding: Option<&str>) -> Result<Self, String> {
+        if let Some(content_type) = content_type {
+            self.properties = self.properties.with_content_type(short_string("content type", content_type)?);
+        }
+        if let Some(encoding) = content_encoding {
+            self.properties = self.properties.with_content_encoding(short_string("content encoding", encoding)?);
+        }
+        Ok(self)
     }
 }
 

@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     fn outgoing() -> Outgoing {
-        Outgoing::new(Vec::new(), None, "m", &[]).unwrap()
+        Outgoing::new(Vec::new(), "m", &[]).unwrap()
     }
 
     fn sent(calls: &Calls, behind: Number) -> Vec<Number> {

@@ -13,7 +13,7 @@ use crate::store::{Found, Object};
 use crate::version;
 
 /// Upper bounds in seconds: 1-2-5 steps from half a millisecond to ten seconds, and what a held request may take.
-const SECONDS: [f64; 16] =
+pub(super) const SECONDS: [f64; 16] =
     [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
 const REQUESTS: [f64; 9] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0];
 
@@ -118,8 +118,7 @@ impl Metrics {
         let stages = new.histograms("stage_seconds", "Time of one batch in one stage.", "stage", &SECONDS);
         let reconnects =
             new.counters("reconnects_total", "Connections lost, or not to be had, by server.", &["server"]);
-        let build = new.gauges("build_info", "1; the labels tell what runs.", &["version", "commit", "features"]);
-        build.with_label_values(&[version::VERSION, version::COMMIT, version::FEATURES]).set(1);
+        new.build_info();
         let limit = new.gauge("in_hand_limit", "Requests that can be in hand, at most: lanes times prefetch.");
         limit.set(in_hand_limit.try_into().unwrap_or(i64::MAX));
         let redis_errors = new.counters("redis_errors_total", "Errors of Redis, by kind.", &["kind"]);
@@ -252,7 +251,7 @@ const ERROR_KINDS: [&str; 16] = [
 ];
 
 /// Makes and registers figures, all named `composite_start_…`.
-struct New<'a>(&'a Registry);
+pub(super) struct New<'a>(pub(super) &'a Registry);
 
 impl New<'_> {
     fn register<C: Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
@@ -261,23 +260,28 @@ impl New<'_> {
         collector
     }
 
-    fn counter(&self, name: &str, help: &str) -> IntCounter {
+    pub(super) fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.register(IntCounter::with_opts(options(name, help)))
     }
 
-    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    pub(super) fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
         self.register(IntCounterVec::new(options(name, help), labels))
     }
 
-    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+    pub(super) fn gauge(&self, name: &str, help: &str) -> IntGauge {
         self.register(IntGauge::with_opts(options(name, help)))
+    }
+
+    pub(super) fn build_info(&self) {
+        let build = self.gauges("build_info", "1; the labels tell what runs.", &["version", "commit", "features"]);
+        build.with_label_values(&[version::VERSION, version::COMMIT, version::FEATURES]).set(1);
     }
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> prometheus::IntGaugeVec {
         self.register(prometheus::IntGaugeVec::new(options(name, help), labels))
     }
 
-    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+    pub(super) fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
         self.register(Histogram::with_opts(HistogramOpts::from(options(name, help)).buckets(buckets.to_vec())))
     }
 

@@ -1,6 +1,7 @@
 //! What a worker tells of itself: figures for machines (`metrics`), whether it works (`health`), and the last minutes for
-//! a person (`recent`). One for the process; each lane writes into it and nothing here acts on the lanes.
+//! a person (`recent`), and what a `gateway` tells. One for the process; each lane writes into it and nothing here acts on the lanes.
 
+pub mod gateway;
 pub mod health;
 pub mod metrics;
 pub mod recent;

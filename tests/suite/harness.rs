@@ -119,6 +119,14 @@ impl Space {
         Worker::start(&self.environment(settings))
     }
 
+    /// Starts a gateway and waits until it takes requests.
+    pub async fn gateway(&self, settings: &[(&str, &str)]) -> Worker {
+        let settings = [&[("gateway.listen", "127.0.0.1:0")], settings].concat();
+        let gateway = Worker::start_as("gateway", &self.environment(&settings));
+        gateway.says("taking requests address=").await;
+        gateway
+    }
+
     /// Starts a worker into which a fault is put (see `src/fault.rs`), and waits for nothing.
     pub fn start_faulty_worker(&self, fault: &str, settings: &[(&str, &str)]) -> Worker {
         let fault = ("COMPOSITE_START_FAULT".to_owned(), fault.to_owned());
@@ -233,8 +241,13 @@ pub struct Worker {
 
 impl Worker {
     pub fn start(environment: &[(String, String)]) -> Self {
+        Self::start_as("worker", environment)
+    }
+
+    /// The same for another command that works until it is told to stop.
+    pub fn start_as(command: &str, environment: &[(String, String)]) -> Self {
         let mut child = Command::new(PROGRAM)
-            .arg("worker")
+            .arg(command)
             .env("COMPOSITE_START__LOG__FORMAT", "text")
             .envs(environment.iter().cloned())
             .stdin(Stdio::null())

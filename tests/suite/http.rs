@@ -75,7 +75,7 @@ async fn turns(worker: &Worker, status: u16) -> Value {
 }
 
 /// The value of one series on `/metrics`.
-async fn figure(worker: &Worker, series: &str) -> f64 {
+pub(crate) async fn figure(worker: &Worker, series: &str) -> f64 {
     let Answer { body, .. } = get(worker, "/metrics").await;
     let line = body.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {series} in:\n{body}")).parse().unwrap()

@@ -234,6 +234,7 @@ fn the_page_for_operators_has_every_event() {
     });
     let mut told: Vec<_> = rows.collect();
     logged.sort();
+    logged.dedup();
     told.sort();
     assert!(!logged.is_empty());
     assert_eq!(told, logged);

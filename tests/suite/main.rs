@@ -18,6 +18,8 @@ mod dead_command;
 mod dead_letters;
 mod deployment;
 mod examples;
+mod gateway;
+mod gateway_limits;
 mod harness;
 mod http;
 mod lanes;

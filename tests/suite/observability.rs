@@ -22,7 +22,7 @@ const RUNBOOK: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operations.md")
 const INSTALL: &str = "run `scripts/install-servers`, which installs prometheus and promtool where they are missing";
 
 /// Fails, with what it says, unless promtool is content.
-fn promtool(arguments: &[&str], input: &str) {
+pub(crate) fn promtool(arguments: &[&str], input: &str) {
     let mut command = Command::new("promtool");
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect(INSTALL);
@@ -163,7 +163,7 @@ async fn promtool_finds_nothing_wrong_with_the_figures_of_a_worker() {
 }
 
 #[test]
-fn promtool_takes_the_configuration_and_every_alert_fires_when_it_should_and_only_then() {
+pub(crate) fn promtool_takes_the_configuration_and_every_alert_fires_when_it_should_and_only_then() {
     promtool(&["check", "config", CONFIGURATION], "");
     promtool(&["check", "rules", ALERTS], "");
     promtool(&["test", "rules", ALERTS_TEST], "");
