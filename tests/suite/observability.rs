@@ -8,10 +8,11 @@ use std::process::{Child, Command, Stdio};
 
 use lapin::BasicProperties;
 use serde_json::Value;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
-use crate::harness::{Client, Outgoing, Space, body, entry, eventually};
+use crate::harness::{Client, Outgoing, Space, body, entry, eventually, redis_url};
 use crate::http::{ANY_PORT, address, get, get_from, logged_address};
+use crate::proxy::Proxy;
 
 const ALERTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/observability/alerts.yml");
 const ALERTS_TEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/observability/alerts_test.yml");
@@ -41,11 +42,15 @@ struct Prometheus {
 
 impl Prometheus {
     async fn scrape(worker: &str) -> Self {
+        Self::scrape_under(worker, ALERTS).await
+    }
+
+    async fn scrape_under(worker: &str, alerts: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name| folder.path().join(name).display().to_string();
         let configuration = format!(
             "global: {{scrape_interval: 500ms, evaluation_interval: 500ms}}\n\
-             rule_files: ['{ALERTS}']\n\
+             rule_files: ['{alerts}']\n\
              scrape_configs: [{{job_name: composite-start, static_configs: [{{targets: ['{worker}']}}]}}]\n"
         );
         fs::write(path("prometheus.yml"), configuration).unwrap();
@@ -83,6 +88,14 @@ impl Prometheus {
         let said: Value = serde_json::from_str(&said).unwrap();
         let series = said["data"]["result"].as_array().unwrap();
         series.iter().map(|series| series["value"][1].as_str().unwrap().parse().unwrap()).collect()
+    }
+
+    /// The states of an alert's instances, `pending` or `firing`; none while nothing is wrong.
+    async fn states(&self, alert: &str) -> Vec<String> {
+        let said: Value = serde_json::from_str(&self.get("/api/v1/alerts").await.1).unwrap();
+        let instances = said["data"]["alerts"].as_array().unwrap().iter();
+        let instances = instances.filter(|instance| instance["labels"]["alertname"] == alert);
+        instances.map(|instance| instance["state"].as_str().unwrap().to_owned()).collect()
     }
 
     /// All rules once they have been evaluated, each as `(query, health)`.
@@ -149,6 +162,19 @@ fn alerts() -> BTreeSet<String> {
     names_after("- alert: ", ALERTS)
 }
 
+/// The alerts with a second for each minute that they wait, so that a test need not; what they ask stays as it is.
+fn hasty_alerts() -> NamedTempFile {
+    let hasty: String = fs::read_to_string(ALERTS).unwrap().lines().fold(String::new(), |text, line| {
+        let wait = line.trim_start().strip_prefix("for: ").and_then(|wait| wait.strip_suffix('m'));
+        text + &wait
+            .map_or_else(|| line.to_owned(), |minutes| line.replace(&format!("{minutes}m"), &format!("{minutes}s")))
+            + "\n"
+    });
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(hasty.as_bytes()).unwrap();
+    file
+}
+
 /// What stands behind `mark`, of each line of a file that begins with it.
 fn names_after(mark: &str, path: &str) -> BTreeSet<String> {
     let text = fs::read_to_string(path).unwrap();
@@ -204,4 +230,20 @@ async fn a_real_prometheus_answers_every_query_of_the_dashboard_and_of_the_alert
     for figure in shown.iter().chain(rules.iter().map(|(query, _)| query)).flat_map(|query| figures(query)) {
         assert!(!prometheus.values(figure).await.is_empty(), "no worker has {figure}");
     }
+}
+
+#[tokio::test]
+async fn an_alert_fires_while_redis_is_away_and_resolves_when_it_is_back() {
+    const ALERT: &str = "CompositeStartNoWorkerReady";
+    let space = Space::new();
+    let store = Proxy::open_to(&redis_url());
+    let worker = space.worker_with(&[ANY_PORT, ("redis.url", &store.url())]).await;
+    let alerts = hasty_alerts();
+    let prometheus = Prometheus::scrape_under(&address(&worker).await, alerts.path().to_str().unwrap()).await;
+    eventually("a scrape", async || (prometheus.values("composite_start_ready").await == [1.0]).then_some(())).await;
+    assert!(prometheus.states(ALERT).await.is_empty());
+    store.shut();
+    eventually("the alert", async || (prometheus.states(ALERT).await == ["firing"]).then_some(())).await;
+    store.open();
+    eventually("the end of the alert", async || prometheus.states(ALERT).await.is_empty().then_some(())).await;
 }
