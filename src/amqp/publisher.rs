@@ -200,7 +200,9 @@ pub(super) fn publish(
     body: Vec<u8>,
     properties: BasicProperties,
 ) -> Publication<'_> {
-    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    // The broker returns what goes by direct reply-to even when it has delivered it.
+    let mandatory = !routing_key.as_str().starts_with("amq.rabbitmq.reply-to.");
+    let options = BasicPublishOptions { mandatory, ..Default::default() };
     Publication::start(async move {
         match channel.basic_publish(exchange, routing_key, options, &body, properties).await {
             Ok(confirm) => fate(confirm.await),

@@ -9,7 +9,7 @@ use lapin::options::{BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::Value;
 
-use crate::harness::{Outgoing, Space, Worker, amqp_url, body, channel, entry, eventually, redis_url, soon};
+use crate::harness::{Client, Outgoing, Space, Worker, amqp_url, body, channel, entry, eventually, redis_url, soon};
 use crate::lifecycle::in_the_store;
 use crate::proxy::Proxy;
 
@@ -234,6 +234,21 @@ async fn every_end_of_a_request_is_counted_once_and_every_object_by_kind() {
         let told = figure(&worker, &format!("composite_start_{series}")).await;
         assert!((told - count).abs() < 0.5, "{series}: {told}, must be {count}");
     }
+}
+
+#[tokio::test]
+async fn a_reply_that_came_by_direct_reply_to_is_not_counted_as_unroutable() {
+    let space = Space::new();
+    let worker = space.worker_with(&[ANY_PORT]).await;
+    let mut client = Client::connect_direct(&space.queue).await;
+    client.request(body(&[entry("C1", "booking", "new", "call")])).await;
+    eventually("counted", async || {
+        let settled = figure(&worker, "composite_start_request_seconds_count").await;
+        (settled >= 1.0).then_some(())
+    })
+    .await;
+    let unroutable = figure(&worker, "composite_start_unroutable_replies_total").await;
+    assert!(unroutable < 0.5, "{unroutable}, although the reply came");
 }
 
 #[tokio::test]
