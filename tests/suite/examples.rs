@@ -24,7 +24,7 @@ use crate::harness::{Ended, Space, amqp_url, eventually, headers, run_to_its_end
 use crate::proxy::{Direction, Proxy};
 use crate::store::Contents;
 
-const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
+pub(crate) const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
 const INSTALLED: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/examples");
 const REQUEST: &str = "composite-start.json";
 /// What a client may be late at its deadline: it has to start, and to say goodbye.
@@ -294,13 +294,13 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// The first block of this kind in a README.
-fn block(readme: &str, kind: &str) -> String {
+pub(crate) fn block(readme: &str, kind: &str) -> String {
     let (_, from) = readme.split_once(&format!("```{kind}\n")).unwrap();
     from.split_once("```").unwrap().0.to_owned()
 }
 
 /// With a 0 for each number and nothing for the message id, both being different each time.
-fn masked(output: &str) -> String {
+pub(crate) fn masked(output: &str) -> String {
     let lines = output.lines().map(|line| if line.starts_with("message id: ") { "message id: " } else { line });
     let mut masked = String::new();
     for character in lines.collect::<Vec<_>>().join("\n").chars() {

@@ -41,6 +41,7 @@ mod proxy_tests;
 mod race;
 mod raw_amqp;
 mod refusals;
+mod shell_example;
 mod show;
 mod store;
 mod store_faults;
