@@ -30,7 +30,7 @@ const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why nothing can be served.
 #[derive(Debug, thiserror::Error)]
-#[error("http.listen: {address}: {cause} (does another worker use it? set it to another port, or to \"\")")]
+#[error("http.listen: {address}: {cause} (does another worker or gateway use it? set it to another port, or to \"\")")]
 pub struct ListenError {
     address: String,
     cause: io::Error,

@@ -3,10 +3,13 @@
 
 use std::process::Stdio;
 use std::process::{Child, Command};
+use std::time::Duration;
 
+use composite_start::client::{self, Call, NoAnswer};
 use lapin::{Connection, ConnectionProperties};
 
-use crate::harness::{Client, Space, eventually, redis_url, soon};
+use crate::client::settings;
+use crate::harness::{Client, Space, body, entry, eventually, redis_url, soon};
 use crate::load::{Asked, Load, assert_promises_kept};
 use crate::proxy::Proxy;
 
@@ -100,4 +103,20 @@ async fn while_the_broker_takes_nothing_requests_are_held_or_given_back_once_and
     assert_eq!((log.matches("not consuming").count(), log.matches("consuming queue=").count()), (1, 2), "{log}");
     load.take_the_rest().await;
     assert_promises_kept(&space, &[load]).await;
+}
+
+#[tokio::test]
+async fn while_the_broker_takes_nothing_a_call_of_the_client_waits_and_ends_at_its_limit() {
+    let (broker, space) = (PrivateBroker::start().await, Space::new());
+    let _worker = space.worker_with(&[("amqp.url", &broker.url)]).await;
+    let client = soon("connect", client::Client::connect(&settings(&space, &broker.url))).await.unwrap();
+    let call = |customer: &str| Call::new(body(&[entry(customer, "t", "s", "k")]));
+    client.start(call("before")).await.unwrap();
+    broker.may_take("0.0000001").await;
+    let ended = client.start(call("within").within(Duration::from_secs(1))).await.unwrap_err();
+    assert!(matches!(&ended, NoAnswer::Away(why) if why.starts_with(BLOCKED)), "{ended:?}");
+    let waits = client.start(call("after").within(Duration::from_mins(1)));
+    let (answered, ()) = soon("the answer", async { tokio::join!(waits, broker.may_take("0.4")) }).await;
+    assert!(answered.unwrap().entries[0].service.created);
+    assert_eq!(client.counts().reconnects, 0);
 }

@@ -18,7 +18,7 @@ use crate::harness::{
 };
 use crate::proxy::Proxy;
 
-fn settings(space: &Space, url: &str) -> Amqp {
+pub(crate) fn settings(space: &Space, url: &str) -> Amqp {
     let mut settings = Settings::load(None).unwrap().amqp;
     settings.url = url.to_owned().into();
     settings.queue.clone_from(&space.queue);

@@ -76,15 +76,15 @@ async fn heads_and_bodies_that_are_too_large_are_refused_and_the_refusal_is_hear
     let space = Space::new();
     let _worker = space.worker().await;
     let gateway = ready_gateway(&space, &[]).await;
-    let many = "X: 1\r\n".repeat(100);
+    let many = "X: 1\r\n".repeat(70);
     let heads = [format!("X: {}\r\n", "x".repeat(20_000)), many];
     for headers in heads {
         let mut http = Http::to(&gateway).await;
         http.write(format!("POST {PATH} HTTP/1.1\r\nHost: a\r\n{headers}\r\n")).await;
         assert_eq!(http.response().await.unwrap().status, 431);
     }
-    // By its length before it is read, and chunk by chunk; in both cases its sender sends on.
-    let large = vec![b'x'; (1 << 20) + 1];
+    // By its length before it is read, and as it comes; in both cases its sender sends on, more than sockets hold.
+    let large = vec![b'x'; 16 << 20];
     let mut http = Http::to(&gateway).await;
     http.write(format!("POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n")).await;
     http.write(&large).await;
@@ -151,6 +151,10 @@ async fn connections_that_let_the_gateway_wait_give_way_to_those_that_ask() {
     // Each of those that asked may not have been gone yet when the next one came.
     eventually("the count", async || (closed("gave_way").await >= 280.0).then_some(())).await;
     assert!(closed("gave_way").await <= 290.0 && closed("refused").await < 0.5);
+    assert_eq!(waiting[0].response().await, None);
+    let last = waiting.last_mut().unwrap();
+    last.write("xxxxxxxx").await;
+    assert_eq!(last.response().await.unwrap().refusal(), (400, "InvalidRequest".into()));
     let connections = async || figure(&gateway, "composite_start_gateway_connections").await;
     eventually("room", async || (connections().await <= 20.0).then_some(())).await;
 }
