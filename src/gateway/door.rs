@@ -166,7 +166,12 @@ async fn converse(
         () = visit.gives_way() => Some(Closed::GaveWay),
         () = async { drop(drain.wait_for(|drain| *drain).await) } => {
             conversation.as_mut().graceful_shutdown();
-            let _ = conversation.as_mut().await;
+            // A request that is not there as a whole is not in hand, and is not waited for.
+            tokio::select! {
+                biased;
+                _ = conversation.as_mut() => {}
+                () = visit.idles_for(GOODBYE_LIMIT) => {}
+            }
             None
         }
     };

@@ -58,12 +58,16 @@ impl Impostor {
     }
 
     async fn answer(&self, request: &lapin::message::Delivery, correlation_id: &str) {
+        self.answer_with(request, correlation_id, b"{}").await;
+    }
+
+    async fn answer_with(&self, request: &lapin::message::Delivery, correlation_id: &str, body: &[u8]) {
         let properties = BasicProperties::default()
             .with_correlation_id(correlation_id.into())
             .with_headers(headers(&[("location", "/here")]));
         let reply_to = request.properties.reply_to().clone().unwrap();
         let options = BasicPublishOptions::default();
-        self.channel.basic_publish("".into(), reply_to, options, b"{}", properties).await.unwrap().await.unwrap();
+        self.channel.basic_publish("".into(), reply_to, options, body, properties).await.unwrap().await.unwrap();
     }
 }
 
@@ -84,6 +88,27 @@ async fn many_calls_at_once_share_one_connection_and_each_gets_its_own_answer() 
     }
     assert_eq!(broker.passages().len(), 1);
     client.close().await;
+}
+
+#[tokio::test]
+async fn answers_that_come_in_another_order_reach_the_calls_they_belong_to() {
+    let space = Space::new();
+    let mut impostor = Impostor::on(&space).await;
+    let client = connect(&space).await;
+    let calls = join_all((0..5).map(|n| client.ask(Call::new(n.to_string()))));
+    let answers = async {
+        let mut requests = Vec::new();
+        for _ in 0..5 {
+            requests.push(impostor.next().await);
+        }
+        for request in requests.iter().rev() {
+            let id = request.properties.correlation_id().clone().unwrap();
+            impostor.answer_with(request, id.as_str(), &request.data).await;
+        }
+    };
+    let (answers, ()) = soon("the answers", async { tokio::join!(calls, answers) }).await;
+    let said: Vec<_> = answers.into_iter().map(|answer| String::from_utf8(answer.unwrap().body).unwrap()).collect();
+    assert_eq!(said, ["0", "1", "2", "3", "4"]);
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! The gateway: the original operation over HTTP, and what becomes of it when workers or broker are away.
 
+use std::time::{Duration, Instant};
+
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -290,6 +292,8 @@ async fn a_gateway_that_is_told_to_stop_answers_what_it_has_and_takes_no_more() 
     let (mut busy, mut idle) = (Http::to(&gateway).await, Http::to(&gateway).await);
     assert_eq!(idle.post(&[], customer("first")).await.created(), "true");
     store.hold_answers();
+    let mut half = Http::to(&gateway).await;
+    half.write("POST / HTTP/1.1\r\nHo").await;
     busy.write(request(&[], customer("C"))).await;
     let in_hand = async || (figure(&gateway, "composite_start_gateway_in_hand").await >= 1.0).then_some(());
     eventually("a request in hand", in_hand).await;
@@ -300,7 +304,10 @@ async fn a_gateway_that_is_told_to_stop_answers_what_it_has_and_takes_no_more() 
     store.open();
     let response = busy.response().await.unwrap();
     assert_eq!((response.created().as_str(), response.header("connection")), ("true", Some("close")));
+    // Half a head keeps it from nothing: it would be waited for ten seconds.
+    let answered = Instant::now();
     assert!(gateway.ended().await.success());
+    assert!(answered.elapsed() < Duration::from_secs(5), "{:?}", answered.elapsed());
     assert!(gateway.log().contains("drained"));
 }
 
