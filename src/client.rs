@@ -199,7 +199,7 @@ impl fmt::Display for Refused {
 /// Why a call did not start anything, or is not known to have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoAnswer {
-    /// A worker refused the request, which has left no trace.
+    /// A worker refused the request, which has left no trace; or failed over it (status 500), and it is a dead letter.
     #[error("refused: {0}")]
     Refused(Refused),
     /// Nobody answered in so long. The request may be worked yet: call again with the same message id and the same body.

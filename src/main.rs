@@ -127,14 +127,9 @@ async fn worker(settings: &Settings) -> ExitCode {
         Ok(pages) => pages,
         Err(error) => return fail(FAILED, &error),
     };
-    let (mut drain, mut impatient) = match (StopSignals::new(), StopSignals::new()) {
-        (Ok(drain), Ok(impatient)) => (drain, impatient),
-        (Err(error), _) | (_, Err(error)) => return fail(FAILED, &error),
-    };
-    // Both hear every signal: one acts on the first, the other on the second.
-    let impatient = async {
-        impatient.next().await;
-        impatient.next().await;
+    let (mut drain, impatient) = match first_and_second_signal() {
+        Ok(signals) => signals,
+        Err(error) => return fail(FAILED, &error),
     };
     let working = async {
         let ended = lanes::run(settings, &monitor, drain.next()).await;
@@ -161,13 +156,9 @@ async fn worker(settings: &Settings) -> ExitCode {
 
 async fn gateway(settings: &Settings) -> ExitCode {
     telemetry::init(&settings.log);
-    let (mut drain, mut impatient) = match (StopSignals::new(), StopSignals::new()) {
-        (Ok(drain), Ok(impatient)) => (drain, impatient),
-        (Err(error), _) | (_, Err(error)) => return fail(FAILED, &error),
-    };
-    let impatient = async {
-        impatient.next().await;
-        impatient.next().await;
+    let (mut drain, impatient) = match first_and_second_signal() {
+        Ok(signals) => signals,
+        Err(error) => return fail(FAILED, &error),
     };
     tokio::select! {
         ended = composite_start::gateway::run(settings, drain.next()) => end(ended),
@@ -231,6 +222,16 @@ async fn show_service(settings: &Settings, arguments: &ShowArguments) -> ExitCod
         Err(error @ ShowError::Store(_)) => fail(NO_ANSWER, &error),
         Err(error @ (ShowError::Damaged(_) | ShowError::Output(_))) => fail(FAILED, &error),
     }
+}
+
+/// The signal to drain, and what ends with the second signal. Both hear every one.
+fn first_and_second_signal() -> io::Result<(StopSignals, impl Future<Output = ()>)> {
+    let (drain, mut impatient) = (StopSignals::new()?, StopSignals::new()?);
+    let second = async move {
+        impatient.next().await;
+        impatient.next().await;
+    };
+    Ok((drain, second))
 }
 
 /// SIGTERM and SIGINT, from the moment of its making on.

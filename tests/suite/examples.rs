@@ -3,7 +3,7 @@
 //! Each is copied to a folder of its own below the target folder and installed there once, by its README's first
 //! commands, for as long as these, what they name and the language stay the same. The last command runs it.
 //!
-//! `CUT_EVERY=n` cuts a client's connection at every n-th byte; 1 is every byte, and takes half an hour.
+//! `CUT_EVERY=n` cuts a client's connection at every n-th byte; 1 is every byte, and takes long.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
