@@ -81,9 +81,9 @@ impl Files<'_> {
         let authorities = self.certificates(NAME, self.ca_file)?;
         for certificate in &authorities.parsed {
             // Whatever it objects to, a client would have left this authority out in silence.
-            RootCertStore::empty().add(certificate.clone()).map_err(|error| {
-                self.wrong(NAME, self.ca_file, format_args!("holds a certificate that cannot be read: {error}"))
-            })?;
+            RootCertStore::empty()
+                .add(certificate.clone())
+                .map_err(|error| self.wrong(NAME, format_args!("holds a certificate that cannot be read: {error}")))?;
         }
         Ok(authorities)
     }
@@ -97,14 +97,14 @@ impl Files<'_> {
         }
         let chain = self.certificates("cert_file", self.cert_file)?;
         let key_pem = self.bytes("key_file", self.key_file)?;
-        let wrong_key = |rule: &dyn Display| self.wrong("key_file", self.key_file, rule);
+        let wrong_key = |rule: &dyn Display| self.wrong("key_file", rule);
         // Not the error of the parser, which may quote the file.
         let key = PrivateKeyDer::from_pem_slice(&key_pem)
             .map_err(|_| wrong_key(&"holds no private key without a passphrase in PEM"))?;
         CertifiedKey::from_der(chain.parsed.clone(), key.clone_key(), &ring::default_provider()).map_err(|error| {
             match error {
                 rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                    wrong_key(&format_args!("is not the key of the certificate in {}", self.cert_file.display()))
+                    wrong_key(&format_args!("is not the key of the certificate in {}", self.key("cert_file")))
                 }
                 error => wrong_key(&error),
             }
@@ -116,15 +116,15 @@ impl Files<'_> {
         let pem = self.bytes(name, path)?;
         match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
             Ok(parsed) if !parsed.is_empty() => Ok(Certificates { pem, parsed }),
-            Ok(_) => Err(self.wrong(name, path, "holds no certificate in PEM")),
+            Ok(_) => Err(self.wrong(name, "holds no certificate in PEM")),
             // Not the error of the parser, which lists bytes.
-            Err(_) => Err(self.wrong(name, path, "is not PEM, or is cut short")),
+            Err(_) => Err(self.wrong(name, "is not PEM, or is cut short")),
         }
     }
 
     fn password(&self) -> Result<String, SettingsError> {
         const NAME: &str = "password_file";
-        let wrong = |rule| self.wrong(NAME, self.password_file, rule);
+        let wrong = |rule| self.wrong(NAME, rule);
         let text = String::from_utf8(self.bytes(NAME, self.password_file)?).map_err(|_| wrong("is not UTF-8"))?;
         // An editor ends the last line, and `echo` does.
         let line = text.strip_suffix('\n').unwrap_or(&text);
@@ -136,11 +136,12 @@ impl Files<'_> {
     }
 
     fn bytes(&self, name: &str, path: &Path) -> Result<Vec<u8>, SettingsError> {
-        std::fs::read(path).map_err(|error| self.wrong(name, path, error))
+        std::fs::read(path).map_err(|error| self.wrong(name, format_args!("cannot be read: {error}")))
     }
 
-    fn wrong(&self, name: &str, path: &Path, rule: impl Display) -> SettingsError {
-        SettingsError::new(&self.key(name), format_args!("{}: {rule}", path.display()))
+    /// Not the name of the file: somebody may have put there what should stand in the file.
+    fn wrong(&self, name: &str, rule: impl Display) -> SettingsError {
+        SettingsError::new(&self.key(name), format_args!("the file {rule}"))
     }
 
     pub(crate) fn key(&self, name: &str) -> String {

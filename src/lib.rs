@@ -21,7 +21,7 @@
 //! - [`traces`]: which trace a request belongs to, and its span;
 //! - [`server_version`]: which servers are too old;
 //! - [`client`]: the other side, for programs that ask; [`gateway`]: the same over HTTP;
-//! - [`settings`], [`retry`], [`telemetry`], [`command`], [`version`]: what a program needs besides.
+//! - [`settings`], [`retry`], [`telemetry`], [`terminal`], [`command`], [`version`]: what a program needs besides.
 
 pub mod amqp;
 pub mod client;
@@ -45,6 +45,7 @@ pub mod session;
 pub mod settings;
 pub mod store;
 pub mod telemetry;
+pub mod terminal;
 pub mod traces;
 pub mod version;
 pub mod worker;

@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_server_that_says_it_is_too_old_is_refused_by_address_version_and_what_is_needed() {
-        let told = "amqp://guest:***@localhost/%2f: RabbitMQ 3.9.29 is too old: RabbitMQ 3.10 or newer is needed";
+        let told = "amqp://localhost: RabbitMQ 3.9.29 is too old: RabbitMQ 3.10 or newer is needed";
         assert_eq!(admit(&RABBITMQ, "RabbitMQ", "3.9.29"), Err(told.to_owned()));
         let too_old = [(&RABBITMQ, "2.11.1"), (&RABBITMQ, "3.9.0-rc.1"), (&REDIS, "6.0.16"), (&REDIS, "5.9.9")];
         assert!(too_old.into_iter().all(|(needed, version)| admit(needed, needed.name, version).is_err()));
