@@ -4,21 +4,25 @@
 //! deals the requests out among them as it does among processes, and what guards the records in Redis does not ask who
 //! runs beside whom.
 
-use std::future::Future;
-use std::iter;
+use std::future::{Future, pending};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::runtime;
 use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep_until};
 use tracing::{Instrument, Span, error_span, info};
 
 use crate::monitor::{LaneMonitor, Monitor};
 use crate::session::{RunError, supervise};
 use crate::settings::Settings;
+
+/// For a lane to end after `worker.drain_seconds`, at which it gives up its drain. One that takes longer is stuck.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 type Lane<'a> = Pin<Box<dyn Future<Output = Result<(), RunError>> + Send + 'a>>;
 
@@ -33,30 +37,33 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), RunError> {
     let (stop, told_to_stop) = watch::channel(false);
-    // The first lane has this thread.
-    let first = {
-        let (monitor, stop) = (monitor.lane(1), told_to_stop.clone());
-        // A single lane needs no name in the log.
-        let span = if settings.worker.lanes > 1 { span_of(1) } else { Span::none() };
-        async move { Box::pin(supervise(settings, &monitor, stop)).instrument(span).await }
-    };
-    let first: Lane<'_> = Box::pin(first);
-    let others = (2..=settings.worker.lanes).map(|number| {
+    // This thread is left to the signals: whatever a lane does, they are heard.
+    let lanes = (1..=settings.worker.lanes).map(|number| {
         let lane = lane_of_its_own(number, settings.clone(), monitor.lane(number), told_to_stop.clone());
         Box::pin(lane) as Lane<'_>
     });
-    all(iter::once(first).chain(others).collect(), &stop, shutdown).await
+    let limit = Duration::from_secs(settings.worker.drain_seconds) + END_LIMIT;
+    all(lanes.collect(), &stop, shutdown, limit).await
 }
 
-/// Waits until all lanes have ended, and has them stop when `shutdown` ends or one of them fails.
+/// Waits until all lanes have ended, and has them stop when `shutdown` ends or one of them fails: then `limit` is theirs.
 async fn all(
     mut lanes: FuturesUnordered<Lane<'_>>,
     stop: &watch::Sender<bool>,
     shutdown: impl Future<Output = ()>,
+    limit: Duration,
 ) -> Result<(), RunError> {
     let mut shutdown = pin!(shutdown);
     let mut result = Ok(());
     let mut is_told = false;
+    let mut told_to_stop = stop.subscribe();
+    let mut out_of_time = pin!(async {
+        // The sender is this function's caller's.
+        if told_to_stop.wait_for(|stop| *stop).await.is_err() {
+            pending::<()>().await;
+        }
+        sleep_until(Instant::now() + limit).await;
+    });
     loop {
         tokio::select! {
             ended = lanes.next() => match ended {
@@ -72,6 +79,7 @@ async fn all(
                 is_told = true;
                 stop.send_replace(true);
             }
+            () = &mut out_of_time => return Err(graver(result, RunError::Stuck)),
         }
     }
 }
@@ -91,7 +99,9 @@ async fn lane_of_its_own(
     let (tell, told) = oneshot::channel();
     let works = move || {
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Thread)?;
-        let ended = runtime.block_on(supervise(&settings, &monitor, stop).instrument(span_of(number)));
+        // A single lane needs no name in the log.
+        let span = if settings.worker.lanes > 1 { span_of(number) } else { Span::none() };
+        let ended = runtime.block_on(supervise(&settings, &monitor, stop).instrument(span));
         runtime.shutdown_background();
         ended
     };
@@ -117,7 +127,6 @@ fn graver(before: Result<(), RunError>, error: RunError) -> RunError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[tokio::test]
     async fn a_lane_that_cannot_go_on_ends_the_others() {
@@ -127,9 +136,19 @@ mod tests {
             told_to_stop.wait_for(|stop| *stop).await.unwrap();
             Err(RunError::NotDrained { left: 1 })
         });
-        let ended = all([works, fails].into_iter().collect(), &stop, std::future::pending());
+        let ended = all([works, fails].into_iter().collect(), &stop, pending(), Duration::from_secs(60));
         let ended = tokio::time::timeout(Duration::from_secs(10), ended).await.expect("the other was told to stop");
         assert!(matches!(ended, Err(RunError::Panic)), "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn a_lane_that_does_not_end_is_given_up_after_the_time_for_the_drain() {
+        let (stop, _told_to_stop) = watch::channel(false);
+        let stuck: Lane<'_> = Box::pin(pending());
+        let works: Lane<'_> = Box::pin(async { Ok(()) });
+        let lanes = [works, stuck].into_iter().collect();
+        let ended = all(lanes, &stop, async {}, Duration::from_millis(10)).await;
+        assert!(matches!(ended, Err(RunError::Stuck)), "{ended:?}");
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, mpsc};
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -17,6 +18,7 @@ use composite_start::command::send::{SendArguments, SendError, Sent, send};
 use composite_start::command::show::{ShowArguments, ShowError, show};
 use composite_start::monitor::Monitor;
 use composite_start::settings::Settings;
+use composite_start::terminal::{Output, printable};
 use composite_start::traces::Traces;
 use composite_start::{http, lanes, telemetry, version};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -56,9 +58,9 @@ enum Invocation {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Work until SIGTERM or SIGINT, then drain and exit 0
+    /// Work until SIGTERM, SIGINT or SIGHUP, then drain and exit 0
     Worker,
-    /// Take requests over HTTP and answer what workers answer, until SIGTERM or SIGINT; then finish them and exit 0
+    /// Take requests over HTTP and answer what workers answer, until SIGTERM, SIGINT or SIGHUP; then finish them and exit 0
     Gateway,
     /// Send one request and print the answer: exit 0 on status 200, 1 on a refusal, 3 on no answer
     Send(SendArguments),
@@ -80,11 +82,16 @@ const FAILED: u8 = 1;
 const WRONG_SETTINGS: u8 = 2;
 const NO_ANSWER: u8 = 3;
 const NOT_FOUND: u8 = 4;
+/// For standard error to take the last line.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 /// What shells expect of a process that a signal ended.
 const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return wrong_arguments(&error),
+    };
     let command = match arguments.invocation {
         Invocation::WithSettings(command) => command,
         Invocation::Schema { document } => return end(schema(document, &mut io::stdout())),
@@ -105,13 +112,14 @@ fn main() -> ExitCode {
             Command::Gateway => Box::pin(gateway(&settings)).await,
             Command::Send(arguments) => send_one(&settings, &arguments).await,
             Command::Bench(arguments) => measure(settings.clone(), arguments).await,
-            Command::Check => end(check(&settings, &mut io::stdout()).await),
+            Command::Check => end(check(&settings, &mut Output::stdout()).await),
             Command::Dead(arguments) => look_after_dead_letters(&settings, &arguments).await,
             Command::Show(arguments) => show_service(&settings, &arguments).await,
         }
     });
     // Not waiting for what a stuck connection left behind.
     runtime.shutdown_background();
+    telemetry::flush();
     code
 }
 
@@ -167,7 +175,7 @@ async fn gateway(settings: &Settings) -> ExitCode {
 }
 
 async fn send_one(settings: &Settings, arguments: &SendArguments) -> ExitCode {
-    match send(settings, arguments, &mut io::stdout(), &mut io::stderr()).await {
+    match send(settings, arguments, &mut Output::stdout(), &mut Output::stderr()).await {
         Ok(Sent::Answered) => ExitCode::SUCCESS,
         Ok(Sent::Refused) => ExitCode::from(FAILED),
         Err(error @ (SendError::Broker(_) | SendError::NoAnswer(_) | SendError::Timeout(_))) => fail(NO_ANSWER, &error),
@@ -184,8 +192,9 @@ async fn measure(settings: Settings, arguments: BenchArguments) -> ExitCode {
     };
     let stop = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&stop);
-    let measured =
-        tokio::task::spawn_blocking(move || bench(&settings, &arguments, &told, &mut io::stdout(), &mut io::stderr()));
+    let measured = tokio::task::spawn_blocking(move || {
+        bench(&settings, &arguments, &told, &mut Output::stdout(), &mut Output::stderr())
+    });
     let impatient = async {
         signals.next().await;
         stop.store(true, Ordering::Relaxed);
@@ -207,7 +216,7 @@ async fn measure(settings: Settings, arguments: BenchArguments) -> ExitCode {
 }
 
 async fn look_after_dead_letters(settings: &Settings, arguments: &DeadArguments) -> ExitCode {
-    match dead(settings, arguments, &mut io::stdout(), &mut io::stderr()).await {
+    match dead(settings, arguments, &mut Output::stdout(), &mut Output::stderr()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ DeadError::Broker(_)) => fail(NO_ANSWER, &error),
         Err(error @ DeadError::Unexpected(_)) => fail(WRONG_SETTINGS, &error),
@@ -216,7 +225,7 @@ async fn look_after_dead_letters(settings: &Settings, arguments: &DeadArguments)
 }
 
 async fn show_service(settings: &Settings, arguments: &ShowArguments) -> ExitCode {
-    match show(settings, arguments, &mut io::stdout()).await {
+    match show(settings, arguments, &mut Output::stdout()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ ShowError::Unknown(_)) => fail(NOT_FOUND, &error),
         Err(error @ ShowError::Store(_)) => fail(NO_ANSWER, &error),
@@ -234,23 +243,58 @@ fn first_and_second_signal() -> io::Result<(StopSignals, impl Future<Output = ()
     Ok((drain, second))
 }
 
-/// SIGTERM and SIGINT, from the moment of its making on.
+/// SIGTERM, SIGINT and SIGHUP, from the moment of its making on.
 struct StopSignals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Option<Signal>,
 }
 
 impl StopSignals {
     fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let hangup = (!is_hangup_ignored()).then(|| signal(SignalKind::hangup())).transpose()?;
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())?, hangup })
     }
 
     async fn next(&mut self) {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            _ = hangup => {}
         }
     }
+}
+
+/// Whether SIGHUP was ignored when a signal was first asked for here, as `nohup` has it, so that it stays ignored.
+fn is_hangup_ignored() -> bool {
+    static IS_IGNORED: LazyLock<bool> = LazyLock::new(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        // Bit 0 is signal 1.
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
+    });
+    *IS_IGNORED
+}
+
+/// Help and version as they are; of a mistake, not what looks like an address: it may hold a password.
+fn wrong_arguments(error: &clap::Error) -> ExitCode {
+    let holds = |is_so: fn(&str) -> bool| std::env::args_os().any(|argument| is_so(&argument.to_string_lossy()));
+    let code = u8::try_from(error.exit_code()).unwrap_or(WRONG_SETTINGS);
+    if error.exit_code() != 0 && holds(|argument| argument.contains("://") || argument.contains('@')) {
+        say(&format!("composite-start: {}; see composite-start --help", error.kind()));
+    } else if error.exit_code() != 0 && holds(|argument| printable(argument) != argument) {
+        say(error.to_string().lines().map(printable).collect::<Vec<_>>().join("\n").as_str());
+    } else {
+        // Nobody is left to tell if neither output is there.
+        let _ = error.print();
+    }
+    ExitCode::from(code)
 }
 
 /// For what can only work or fail.
@@ -263,7 +307,21 @@ fn end(ended: Result<(), impl std::error::Error>) -> ExitCode {
 
 /// One line on standard error.
 fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
-    // Nobody is left to tell if standard error is gone.
-    let _ = writeln!(io::stderr(), "composite-start: {error}");
+    say(&format!("composite-start: {}", printable(&error.to_string())));
     ExitCode::from(code)
+}
+
+/// On standard error, behind what was logged, and without waiting for long: nobody may read it.
+fn say(text: &str) {
+    telemetry::flush();
+    let line = format!("{text}\n");
+    let (done, told) = mpsc::channel();
+    let written = std::thread::Builder::new().spawn(move || {
+        // Nobody is left to tell if standard error is gone.
+        let _ = io::stderr().write_all(line.as_bytes());
+        let _ = done.send(());
+    });
+    if written.is_ok() {
+        let _ = told.recv_timeout(LAST_WORDS_LIMIT);
+    }
 }

@@ -45,6 +45,9 @@ pub enum RunError {
     /// The system gave no thread for a lane.
     #[error("worker.lanes: {0}")]
     Thread(io::Error),
+    /// A lane did not end within the time for the drain, and some seconds more.
+    #[error("a lane gives no sign of life and did not end; its requests go back to the queue")]
+    Stuck,
     /// A lane ended as none may: its requests go back to the queue.
     #[error("a lane panicked; the log says where")]
     Panic,

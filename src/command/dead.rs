@@ -11,6 +11,7 @@ use crate::amqp::publisher::Fate;
 use crate::amqp::topology::TopologyError;
 use crate::fault::{self, Point};
 use crate::settings::Settings;
+use crate::terminal::printable;
 
 /// What to do.
 #[derive(Debug, Args)]
@@ -191,7 +192,7 @@ async fn show(
 
 fn print_letter(letter: &DeadLetter, output: &mut impl Write, notes: &mut impl Write) -> io::Result<()> {
     for (name, value) in letter.description() {
-        writeln!(notes, "{}: {value}", printable(&name))?;
+        writeln!(notes, "{}: {}", printable(&name), printable(&value.to_string()))?;
     }
     output.write_all(letter.body())?;
     output.flush()?;
@@ -347,7 +348,7 @@ impl Row {
     }
 
     fn cells(&self) -> [String; 7] {
-        let text = |value: &Option<String>| value.as_deref().map_or_else(|| "-".to_owned(), printable);
+        let text = |value: &Option<String>| printable(value.as_deref().unwrap_or("-")).into_owned();
         [
             self.position.to_string(),
             text(&self.dead_at),
@@ -355,7 +356,7 @@ impl Row {
             text(&self.message_id),
             text(&self.correlation_id),
             self.bytes.to_string(),
-            printable(&self.reason),
+            printable(&self.reason).into_owned(),
         ]
     }
 }
@@ -372,9 +373,4 @@ fn write_table(rows: &[Row], output: &mut impl Write) -> io::Result<()> {
         writeln!(output, "{}", line[6])?;
     }
     Ok(())
-}
-
-/// A producer's text must not move the cursor of who reads it.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use crate::monitor::Monitor;
 use crate::monitor::recent::{POINTS, Point, RecentRefusal, STEP};
+use crate::terminal::printable_except;
 
 const STYLE: &str = include_str!("page.css");
 /// The page asks for itself again after so many seconds.
@@ -98,6 +99,7 @@ fn refused(refusals: &[RecentRefusal]) -> String {
 }
 
 fn escaped(text: &str) -> String {
+    let text = printable_except(text, |c| c == '\n');
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

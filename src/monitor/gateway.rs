@@ -53,6 +53,7 @@ impl GatewayMonitor {
         let registry = Registry::new();
         let new = New(&registry);
         new.build_info();
+        new.dropped_log_lines();
         let requests = new.counters("gateway_requests_total", "HTTP requests, by the status answered.", &["status"]);
         let closed = new.counters("gateway_closed_total", "Connections that the gateway ended.", &["reason"]);
         let label = |status: u16| if status == 0 { "other".to_owned() } else { status.to_string() };
@@ -123,7 +124,7 @@ impl GatewayMonitor {
 
     /// Whether a worker would get a request now.
     pub fn is_ready(&self) -> bool {
-        !self.is_draining() && self.client.condition().is_ready()
+        !self.is_draining() && self.stuck().is_none() && self.client.condition().is_ready()
     }
 
     /// What it takes for that, each by its name on `/readyz`.

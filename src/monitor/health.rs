@@ -2,7 +2,7 @@
 //!
 //! *Alive* is a worker that turns: each lane gives a sign of life every second. It says nothing of the servers, so that
 //! their outage restarts nobody; with one exception, a lane to which the broker delivers nothing although requests wait.
-//! *Ready* is a worker that would answer a request now.
+//! *Ready* is a worker that would answer a request now. Of a lane that gives no sign of life nothing is known to work.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -121,7 +121,8 @@ impl Health {
             Parts { consume_connection: true, publish_connection: true, publishing: true, consumer: true, redis: true };
         let begin = Readiness { parts: nothing_missing, is_draining: false };
         self.lanes.iter().fold(begin, |all, lane| {
-            let Lane { parts, is_draining, .. } = *lane.lock();
+            let Lane { parts, is_draining, turned, .. } = *lane.lock();
+            let parts = if turned.elapsed() > SILENCE_LIMIT { Parts::NONE } else { parts };
             Readiness { parts: all.parts.and(parts), is_draining: all.is_draining || is_draining }
         })
     }
@@ -181,6 +182,18 @@ mod tests {
         first.works(|parts| parts.redis = true);
         second.drains();
         assert!(!health.readiness().is_ready());
+    }
+
+    #[test]
+    fn a_lane_that_gives_no_sign_of_life_is_not_ready_whatever_it_told_before() {
+        let health = Health::new(2, 60);
+        let lanes = [health.lane(1), health.lane(2)];
+        lanes.iter().for_each(|lane| lane.works(|parts| *parts = ALL));
+        assert!(health.readiness().is_ready());
+        lanes[1].lock().turned = Instant::now().checked_sub(Duration::from_secs(11)).unwrap();
+        assert_eq!(health.readiness(), Readiness { parts: Parts::NONE, is_draining: false });
+        lanes[1].turns();
+        assert!(health.readiness().is_ready());
     }
 
     #[test]

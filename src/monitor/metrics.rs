@@ -10,6 +10,7 @@ use prometheus::{
 };
 
 use crate::store::{Found, Object};
+use crate::telemetry::DROPPED_LINES;
 use crate::version;
 
 /// Upper bounds in seconds: 1-2-5 steps from half a millisecond to ten seconds, and what a held request may take.
@@ -121,6 +122,7 @@ impl Metrics {
         new.build_info();
         let limit = new.gauge("in_hand_limit", "Requests that can be in hand, at most: lanes times prefetch.");
         limit.set(in_hand_limit.try_into().unwrap_or(i64::MAX));
+        new.dropped_log_lines();
         let redis_errors = new.counters("redis_errors_total", "Errors of Redis, by kind.", &["kind"]);
         for kind in ERROR_KINDS {
             redis_errors.with_label_values(&[kind]);
@@ -275,6 +277,11 @@ impl New<'_> {
     pub(super) fn build_info(&self) {
         let build = self.gauges("build_info", "1; the labels tell what runs.", &["version", "commit", "features"]);
         build.with_label_values(&[version::VERSION, version::COMMIT, version::FEATURES]).set(1);
+    }
+
+    /// One for the process.
+    pub(super) fn dropped_log_lines(&self) {
+        self.register(Ok(DROPPED_LINES.clone()));
     }
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> prometheus::IntGaugeVec {

@@ -1,11 +1,11 @@
 //! A service as a person reads it: an object a paragraph, what is in it further to the right.
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::iter;
 
 use super::Shown;
+use crate::terminal::printable;
 
 /// Columns that a value may take on one line.
 const LINE: usize = 80;
@@ -70,7 +70,7 @@ fn laid_out(json: &str, indent: Option<usize>) -> String {
                 out.push('"');
                 let mut is_escaped = false;
                 for character in rest.by_ref() {
-                    push_printable(&mut out, character);
+                    out.push_str(&printable(character.encode_utf8(&mut [0; 4])));
                     if character == '"' && !is_escaped {
                         break;
                     }
@@ -102,23 +102,6 @@ fn laid_out(json: &str, indent: Option<usize>) -> String {
         }
     }
     out
-}
-
-/// Text without what a terminal would take for an order, or what would turn its direction.
-fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    text.chars().for_each(|character| push_printable(&mut out, character));
-    out
-}
-
-fn push_printable(out: &mut String, character: char) {
-    let turns_direction =
-        matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    if character.is_control() || turns_direction {
-        write!(out, "\\u{:04x}", u32::from(character)).expect("writing to a String does not fail");
-    } else {
-        out.push(character);
-    }
 }
 
 #[cfg(test)]
