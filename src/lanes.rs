@@ -136,7 +136,7 @@ mod tests {
             told_to_stop.wait_for(|stop| *stop).await.unwrap();
             Err(RunError::NotDrained { left: 1 })
         });
-        let ended = all([works, fails].into_iter().collect(), &stop, pending(), Duration::from_secs(60));
+        let ended = all([works, fails].into_iter().collect(), &stop, pending(), Duration::from_mins(1));
         let ended = tokio::time::timeout(Duration::from_secs(10), ended).await.expect("the other was told to stop");
         assert!(matches!(ended, Err(RunError::Panic)), "{ended:?}");
     }

@@ -28,6 +28,7 @@ pub mod client;
 mod clock;
 pub mod command;
 mod credentials;
+mod dial;
 mod escape;
 mod fault;
 pub mod gateway;

@@ -838,7 +838,8 @@ mod tests {
     #[test]
     fn what_stands_in_the_wrong_place_is_named_and_not_quoted() {
         let secret = "amqp://u:hunter2@h";
-        let cases: &[(String, &[(&str, &str)], &str)] = &[
+        type Case<'a> = (String, &'a [(&'a str, &'a str)], &'a str);
+        let cases: &[Case<'_>] = &[
             (String::new(), &[("COMPOSITE_START__AMQP", secret)], "amqp: is a section"),
             (String::new(), &[("COMPOSITE_START__AMQP__URL__X", secret)], "amqp.url: is no section"),
             (String::new(), &[("COMPOSITE_START__AMQP__URI", secret)], "amqp.uri: unknown setting"),
@@ -855,7 +856,7 @@ mod tests {
             (format!("[amqp]\nurl = [\"{secret}\"]"), &[], "amqp.url: must be a text"),
             (format!("[amqp]\nprefetch = \"{secret}\""), &[], "amqp.prefetch: must be a whole number"),
             (
-                format!("[amqp]\nurl = \"amqp://u@h\"\npassword_file = \"hunter2\""),
+                "[amqp]\nurl = \"amqp://u@h\"\npassword_file = \"hunter2\"".to_owned(),
                 &[],
                 "amqp.password_file: the file cannot be read",
             ),
@@ -870,7 +871,7 @@ mod tests {
 
     /// A part of what is random, long enough not to be printed by chance, as it is and as it is encoded.
     fn holds_a_part_of(secret: &str, text: &str) -> bool {
-        let encoded: String = secret.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let encoded = secret.bytes().map(|byte| format!("%{byte:02X}")).collect::<Vec<_>>().concat();
         let parts = |text: &str, length: usize| {
             let characters: Vec<_> = text.chars().collect();
             characters.windows(length).map(String::from_iter).collect::<Vec<_>>()

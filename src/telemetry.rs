@@ -22,9 +22,8 @@ pub fn init(settings: &Log) {
     let is_terminal = std::io::stderr().is_terminal();
     let form = match settings.format {
         LogFormat::Text => Form::Text,
-        LogFormat::Json => Form::Json,
         LogFormat::Auto if is_terminal => Form::Text,
-        LogFormat::Auto => Form::Json,
+        LogFormat::Auto | LogFormat::Json => Form::Json,
     };
     // Whoever read the log may be gone: that is no reason to panic over the next line.
     let logs = tracing_subscriber::fmt()

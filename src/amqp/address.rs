@@ -1,9 +1,10 @@
 //! Where the broker is and how to log in there, as the settings and the files they name say now.
 
 use std::io;
+use std::net::SocketAddr;
 
 use async_rs::{Runtime, Tokio};
-use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, RustlsConnectorConfig, TLSConfig};
+use lapin::tcp::{RustlsConnector, RustlsConnectorConfig};
 use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
 use super::BrokerError;
@@ -12,6 +13,7 @@ use crate::credentials::Credentials;
 use crate::settings::{Amqp as Settings, Login};
 
 /// The broker's address with all that is needed to log in.
+#[derive(Clone)]
 pub(super) struct Address {
     pub(super) uri: AMQPUri,
     tls: Option<RustlsConnector>,
@@ -22,7 +24,9 @@ impl Address {
     pub(super) fn read(settings: &Settings) -> Result<Self, BrokerError> {
         let wrong = |cause: String| BrokerError::other(settings.url.to_string(), cause);
         let credentials = settings.files().read().map_err(|error| wrong(error.to_string()))?;
-        let mut uri: AMQPUri = settings.url.expose().parse().map_err(wrong)?;
+        // Not the client's error, which may quote the address.
+        let uri = settings.url.expose().parse::<AMQPUri>();
+        let mut uri = uri.map_err(|_| wrong("the AMQP client does not take this address".to_owned()))?;
         // lapin takes `localhost` for it.
         if let Some(host) = settings.url.ipv6_host() {
             uri.authority.host = host.to_string();
@@ -40,12 +44,11 @@ impl Address {
         Ok(Self { uri, tls })
     }
 
-    /// A socket on which AMQP can be spoken; the caller sets the limit.
-    pub(super) async fn connect(&self) -> io::Result<Socket> {
+    /// A socket to one of the host's addresses, on which AMQP can be spoken; the caller sets the limit.
+    pub(super) async fn connect(&self, address: SocketAddr) -> io::Result<Socket> {
         let runtime: Runtime<Tokio> = Runtime::tokio_current();
+        let socket = Socket::connect(&runtime, address).await?;
         // lapin's own TLS trusts the system's authorities beside those that it is given.
-        let without_tls = AMQPUri { scheme: AMQPScheme::AMQP, ..self.uri.clone() };
-        let socket = without_tls.connect_with_config_async(TLSConfig::default(), &runtime).await?;
         match &self.tls {
             None => Ok(socket),
             Some(connector) => socket.into_rustls(connector, &self.uri.authority.host).await,

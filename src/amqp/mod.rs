@@ -28,18 +28,20 @@ pub mod wire;
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties, ErrorKind, Event};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::credentials::{hint_when_cut_off, hint_when_silent, tls_failure};
+use crate::dial;
 use crate::server_version::{RABBITMQ, TooOld, Version};
-use crate::settings::{Amqp as Settings, SecretUrl};
+use crate::settings::{Amqp as Settings, Login, SecretUrl};
 use acknowledger::Acknowledger;
 use address::Address;
 use allowance::Allowance;
@@ -108,15 +110,21 @@ impl BrokerError {
         Self { doing: doing.into(), cause: Cause::Other(cause.into()) }
     }
 
-    /// The same, of a connection that was not of any use yet: it may have come to the wrong port.
-    fn while_connecting(self, url: &SecretUrl) -> Self {
+    /// The same, of a connection that was not of any use yet: it may have come to the wrong port, or with a wrong login.
+    fn while_connecting(self, settings: &Settings) -> Self {
         let Self { doing, cause } = self;
         let hint = match &cause {
-            Cause::Silent(_) => hint_when_silent(url),
-            Cause::Lapin(error) if is_cut_off(error) => hint_when_cut_off(url),
-            _ => "",
+            Cause::Silent(_) => hint_when_silent(&settings.url),
+            Cause::Lapin(error) if is_cut_off(error) => hint_when_cut_off(&settings.url),
+            Cause::Lapin(error) => hint_when_refused(error, settings.login),
+            Cause::Other(_) => "",
         };
         if hint.is_empty() { Self { doing, cause } } else { Self::other(doing, format!("{cause}{hint}")) }
+    }
+
+    /// Whether a broker has said this: at another of its addresses it would say the same.
+    fn is_an_answer(&self) -> bool {
+        matches!(&self.cause, Cause::Lapin(error) if matches!(error.kind(), ErrorKind::ProtocolError(_)))
     }
 
     /// The broker's objection to what was being done, if it closed the channel over it: its kind and its words.
@@ -141,6 +149,23 @@ fn is_cut_off(error: &lapin::Error) -> bool {
         }
         ErrorKind::ParsingError(_) => true,
         _ => false,
+    }
+}
+
+/// Which settings to look at when RabbitMQ does not let us in.
+fn hint_when_refused(error: &lapin::Error, login: Login) -> &'static str {
+    let ErrorKind::ProtocolError(error) = error.kind() else { return "" };
+    match (error.kind(), login) {
+        (AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), Login::Plain) => {
+            ": set user and password in amqp.url, or the password in amqp.password_file"
+        }
+        (AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), Login::External) => {
+            ": set amqp.cert_file to the certificate of a user of RabbitMQ"
+        }
+        (AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED), _) => {
+            ": set the virtual host in amqp.url, or give the user a permission in it"
+        }
+        _ => "",
     }
 }
 
@@ -340,6 +365,26 @@ impl Link {
         let doing = settings.url.to_string();
         let mut address = Address::read(settings)?;
         address.uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
+        let connected = timeout(CONNECT_LIMIT, async {
+            let authority = &address.uri.authority;
+            let found = dial::addresses(&authority.host, authority.port).await;
+            let found = found.map_err(|error| BrokerError::other(&doing, error.to_string()))?;
+            let attempt = |at| Self::connect_to(&address, at, settings, name, allowance);
+            dial::first_that_works(&found, CONNECT_LIMIT, attempt, BrokerError::is_an_answer).await
+        });
+        let connected = connected.await.unwrap_or_else(|_| Err(BrokerError::silent(doing, CONNECT_LIMIT)));
+        connected.map_err(|error| error.while_connecting(settings))
+    }
+
+    /// Connects to one of the host's addresses; the caller sets the limit.
+    async fn connect_to(
+        address: &Address,
+        at: SocketAddr,
+        settings: &Settings,
+        name: &str,
+        allowance: &Allowance,
+    ) -> Result<Self, BrokerError> {
+        let address = address.clone();
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let owner = Owner::default();
         let (lifeline, allowance) = (owner.lifeline(), allowance.clone());
@@ -351,14 +396,13 @@ impl Link {
             async move |_, _| {
                 // The guard stands outside of TLS, where frames can be read. The limit is this thread's own: nobody
                 // can end it while it has no socket yet.
-                let socket = timeout(CONNECT_LIMIT, address.connect()).await.map_err(io::Error::from)??;
+                let socket = timeout(CONNECT_LIMIT, address.connect(at)).await.map_err(io::Error::from)??;
                 let (lifeline, cork, allowance) = (lifeline.clone(), corked.clone(), allowance.clone());
                 Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline, cork, allowance, overheard.clone())))
             },
             properties,
         );
-        let connection = within(CONNECT_LIMIT, doing, connected).await;
-        let connection = connection.map_err(|error| error.while_connecting(&settings.url))?;
+        let connection = connected.await.map_err(|error| BrokerError::new(settings.url.to_string(), error))?;
         let events = connection.events_listener().boxed();
         Ok(Self { address: settings.url.clone(), connection, events, cork, greeting, _owner: owner })
     }

@@ -17,6 +17,7 @@ use crate::server_version::TooOld;
 use crate::settings::{Amqp as Settings, QueueType};
 
 const DEAD_LETTER_EXCHANGE: &str = "x-dead-letter-exchange";
+const QUEUE_TYPE: &str = "x-queue-type";
 
 /// The names that follow from `amqp.queue`.
 #[derive(Debug, Clone)]
@@ -72,7 +73,7 @@ pub(super) async fn establish(connection: &Connection, settings: &Settings) -> R
         topology.bind().await?;
     }
     close_channel(&channel).await?;
-    check_dead_letter_target(connection, settings).await
+    check_request_queue(connection, settings).await
 }
 
 /// Tells what [`establish`] would object to, and changes nothing: what exists is declared as it should be, which the
@@ -91,13 +92,14 @@ pub(super) async fn examine(connection: &Connection, settings: &Settings) -> Res
         examined.map_err(|error| topology.explain(part, error))?;
         close_channel(&channel).await?;
     }
-    check_dead_letter_target(connection, settings).await
+    check_request_queue(connection, settings).await
 }
 
-/// Refuses a request queue from which the broker would drop what it gives up. A queue that is declared here has its
+/// Refuses a stream, whose messages stay when they are acknowledged and whose consumers begin behind those that wait, and
+/// a request queue from which the broker would drop what it gives up. A queue that is declared here has its
 /// target; of one that someone else declared, the broker tells only by objecting to a declaration that differs.
-async fn check_dead_letter_target(connection: &Connection, settings: &Settings) -> Result<(), TopologyError> {
-    if settings.declare || settings.allow_loss {
+async fn check_request_queue(connection: &Connection, settings: &Settings) -> Result<(), TopologyError> {
+    if settings.declare {
         return Ok(());
     }
     let channel = open_channel(connection).await?;
@@ -108,6 +110,12 @@ async fn check_dead_letter_target(connection: &Connection, settings: &Settings) 
     };
     let Some((kind, text)) = error.objection() else { return Err(error.into()) };
     let objects_to = |argument: &str| text.contains(&format!("'{argument}'"));
+    if objects_to(QUEUE_TYPE) && is_a_stream(text) {
+        return Err(TopologyError::Unusable(a_stream(&names.queue)));
+    }
+    if settings.allow_loss {
+        return Ok(());
+    }
     if objects_to(DEAD_LETTER_EXCHANGE) && text.ends_with("current is none") {
         return Err(TopologyError::Unusable(format!(
             "queue {} has no dead-letter exchange, and what the broker gives up would be lost: declare it with \
@@ -219,7 +227,7 @@ impl Topology<'_> {
             QueueType::Classic => "classic",
         };
         let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.into()));
+        arguments.insert(QUEUE_TYPE.into(), AMQPValue::LongString(queue_type.into()));
         arguments
     }
 
@@ -237,6 +245,7 @@ impl Topology<'_> {
                     "{what} {name} does not exist and amqp.declare is false: declare it, or set amqp.declare = true"
                 )
             }
+            AMQPSoftError::PRECONDITIONFAILED if text.contains(QUEUE_TYPE) && is_a_stream(text) => a_stream(name),
             AMQPSoftError::PRECONDITIONFAILED => inequivalent(what, name, text),
             AMQPSoftError::ACCESSREFUSED => format!(
                 "{what} {name}: the broker's user may not declare it: \
@@ -245,6 +254,17 @@ impl Topology<'_> {
             _ => return error.into(),
         })
     }
+}
+
+/// From the broker's objection to another type.
+fn is_a_stream(text: &str) -> bool {
+    text.rsplit_once(" but current is ").is_some_and(|(_, current)| current.contains("'stream'"))
+}
+
+fn a_stream(name: &ShortString) -> String {
+    format!(
+        "queue {name} is a stream, from which requests are not answered: set amqp.queue to another name, or delete it"
+    )
 }
 
 /// `PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received … but current is …`

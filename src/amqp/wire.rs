@@ -82,8 +82,7 @@ impl Wire {
     pub fn connect(settings: &Settings, persistent: bool) -> Result<Self, BrokerError> {
         let (doing, queue) = (settings.url.to_string(), &*settings.queue);
         let Address { uri, .. } = Address::read(settings)?;
-        let mut dialogue = connect(&uri).map_err(|cause| BrokerError::other(&doing, cause))?;
-        let frame_bytes = dialogue.log_in(&uri, &doing)?;
+        let (mut dialogue, frame_bytes) = connect(&uri, &doing)?;
         let found = dialogue.find(queue)?;
         if found.consumers == 0 {
             return Err(BrokerError::other(queue, "no worker takes requests from this queue"));
@@ -102,16 +101,26 @@ impl Wire {
     }
 }
 
-fn connect(uri: &AMQPUri) -> Result<Dialogue, String> {
-    let host = uri.authority.host.as_str();
-    let mut cause = format!("{host} has no address");
-    for address in (host, uri.authority.port).to_socket_addrs().map_err(|error| error.to_string())? {
-        match TcpStream::connect_timeout(&address, CONNECT_LIMIT).and_then(Dialogue::new) {
-            Ok(dialogue) => return Ok(dialogue),
-            Err(error) => cause = error.to_string(),
+/// Connects and logs in, to the first of the host's addresses that works; and how long a frame may be. Each address has an
+/// equal share of the time.
+fn connect(uri: &AMQPUri, doing: &str) -> Result<(Dialogue, usize), BrokerError> {
+    let failed = |cause: std::io::Error| BrokerError::other(doing, cause.to_string());
+    let host = (uri.authority.host.as_str(), uri.authority.port);
+    let addresses: Vec<_> = host.to_socket_addrs().map_err(failed)?.collect();
+    let share = CONNECT_LIMIT / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
+    let mut failure = BrokerError::other(doing, "the name of the host has no address");
+    for address in addresses {
+        let dialogue = TcpStream::connect_timeout(&address, share).and_then(Dialogue::new).map_err(failed);
+        let connected = dialogue.and_then(|mut dialogue| {
+            let frame_bytes = dialogue.log_in(uri, doing, share)?;
+            Ok((dialogue, frame_bytes))
+        });
+        match connected {
+            Ok(connected) => return Ok(connected),
+            Err(error) => failure = error,
         }
     }
-    Err(cause)
+    Err(failure)
 }
 
 /// A connection on which one side asks and the other answers.
@@ -129,18 +138,18 @@ impl Dialogue {
     }
 
     /// Returns how many bytes a frame may have.
-    fn log_in(&mut self, uri: &AMQPUri, doing: &str) -> Result<usize, BrokerError> {
+    fn log_in(&mut self, uri: &AMQPUri, doing: &str, limit: Duration) -> Result<usize, BrokerError> {
         let user = &uri.authority.userinfo;
         let login = format!("\0{}\0{}", user.username, user.password);
         let start_ok = [&client_properties()[..], &short("PLAIN"), &long(login.as_bytes()), &short("en_US")].concat();
         self.write(b"AMQP\0\0\x09\x01")?;
-        self.hear(START, doing, CONNECT_LIMIT)?;
-        let tune = self.ask(CONNECTION, START_OK, &start_ok, TUNE, doing, CONNECT_LIMIT)?;
+        self.hear(START, doing, limit)?;
+        let tune = self.ask(CONNECTION, START_OK, &start_ok, TUNE, doing, limit)?;
         let (channels, frame_bytes) = offered(&tune).map_err(|error| BrokerError::other(doing, error.to_string()))?;
         let limits = [&channels.to_be_bytes()[..], &frame_bytes.to_be_bytes(), &[0, 0]].concat();
         self.tell(CONNECTION, TUNE_OK, &limits)?;
         let virtual_host = [&short(&uri.vhost)[..], &[0, 0]].concat();
-        self.ask(CONNECTION, OPEN, &virtual_host, OPEN_OK, doing, CONNECT_LIMIT)?;
+        self.ask(CONNECTION, OPEN, &virtual_host, OPEN_OK, doing, limit)?;
         self.ask(CHANNEL, CHANNEL_OPEN, &[0], CHANNEL_OPEN_OK, doing, ANSWER_LIMIT)?;
         Ok(frame_bytes as usize)
     }

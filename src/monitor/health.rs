@@ -188,7 +188,9 @@ mod tests {
     fn a_lane_that_gives_no_sign_of_life_is_not_ready_whatever_it_told_before() {
         let health = Health::new(2, 60);
         let lanes = [health.lane(1), health.lane(2)];
-        lanes.iter().for_each(|lane| lane.works(|parts| *parts = ALL));
+        for lane in &lanes {
+            lane.works(|parts| *parts = ALL);
+        }
         assert!(health.readiness().is_ready());
         lanes[1].lock().turned = Instant::now().checked_sub(Duration::from_secs(11)).unwrap();
         assert_eq!(health.readiness(), Readiness { parts: Parts::NONE, is_draining: false });

@@ -14,10 +14,12 @@ pub mod tree;
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use redis::aio::MultiplexedConnection;
+use redis::io::AsyncDNSResolver;
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{
@@ -27,6 +29,7 @@ use redis::{
 use tokio::time::timeout;
 
 use crate::credentials::{Credentials, Identity, below, hint_when_cut_off, hint_when_silent, tls_failure};
+use crate::dial;
 use crate::fault::{self, Point};
 use crate::server_version::{Introduction, REDIS, TooOld, Version};
 use crate::settings::{OnFound, Redis as Settings, SecretUrl};
@@ -191,8 +194,8 @@ impl Store {
             unavailable(url, &error).with_hint(hint)
         };
         let client = client(&self.settings, &self.info)?;
-        let connected = client.get_multiplexed_async_connection_with_config(&no_limits()).await;
-        let mut connection = connected.map_err(unavailable)?;
+        let connection = connected(&client).await;
+        let mut connection = connection.map_err(unavailable)?;
         // Before anything that an old server might fail at.
         let version = REDIS.admit(url, introduction(&mut connection).await.as_ref())?;
         self.script.load_async(&mut connection).await.map_err(unavailable)?;
@@ -355,7 +358,7 @@ impl StoreProbe {
                 Some(connection) => connection,
                 none => {
                     let client = client(settings, info).ok()?;
-                    none.insert(client.get_multiplexed_async_connection_with_config(&no_limits()).await.ok()?)
+                    none.insert(connected(&client).await.ok()?)
                 }
             };
             prove_writable(connection, &settings.key_prefix).await.ok()
@@ -365,6 +368,33 @@ impl StoreProbe {
             self.connection = None;
         }
         answers
+    }
+}
+
+/// Connects, to the first of the host's addresses that works; the caller sets the limit.
+async fn connected(client: &Client) -> redis::RedisResult<MultiplexedConnection> {
+    let (host, port) = match client.get_connection_info().addr() {
+        ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => (host, *port),
+        _ => return client.get_multiplexed_async_connection_with_config(&no_limits()).await,
+    };
+    let addresses = dial::addresses(host, port).await?;
+    let attempt = async |address| {
+        let config = no_limits().set_dns_resolver(Only(address));
+        client.get_multiplexed_async_connection_with_config(&config).await
+    };
+    dial::first_that_works(&addresses, CONNECT_LIMIT, attempt, |error| error.code().is_some()).await
+}
+
+/// The one address that the client is to try. It asks by name, and checks the server's certificate for that name.
+struct Only(SocketAddr);
+
+impl AsyncDNSResolver for Only {
+    fn resolve<'a, 'b: 'a>(
+        &'a self,
+        _: &'b str,
+        _: u16,
+    ) -> redis::RedisFuture<'a, Box<dyn Iterator<Item = SocketAddr> + Send + 'a>> {
+        Box::pin(async { Ok(Box::new(std::iter::once(self.0)) as Box<_>) })
     }
 }
 
@@ -522,7 +552,21 @@ fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
     }
     let text = tls_failure(error, "redis").unwrap_or_else(|| error.to_string());
     let kind = error.code().unwrap_or("connection").to_owned();
-    Unavailable::Away { text: format!("{address}: {}", text.lines().next().unwrap_or_default()), kind }
+    let hint = hint_when_refused(error);
+    Unavailable::Away { text: format!("{address}: {}{hint}", text.lines().next().unwrap_or_default()), kind }
+}
+
+/// Which settings to look at when Redis does not let us in.
+fn hint_when_refused(error: &redis::RedisError) -> &'static str {
+    match error.code() {
+        Some("NOAUTH") => ": set the password in redis.url, or redis.password_file",
+        Some("WRONGPASS") => ": set the right user and password in redis.url, or the password in redis.password_file",
+        Some("NOPERM") => ": give the user of redis.url the rights that SECURITY.md lists",
+        _ if error.kind() == redis::ErrorKind::AuthenticationFailed => {
+            ": set the right user and password in redis.url, or the password in redis.password_file"
+        }
+        _ => "",
+    }
 }
 
 #[cfg(test)]

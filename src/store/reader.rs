@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::keys::{self, Keys};
 use super::{
-    ANSWER_LIMIT, CONNECT_LIMIT, Unavailable, client, connection_info, hint_when_silent, no_limits, tree, unavailable,
+    ANSWER_LIMIT, CONNECT_LIMIT, Unavailable, client, connected, connection_info, hint_when_silent, tree, unavailable,
 };
 use crate::identity::{BUCKETS, Identity};
 use crate::settings::Redis as Settings;
@@ -51,8 +51,7 @@ impl Reader {
         let url = &settings.url;
         let info = connection_info(url).map_err(|error| unavailable(url, &error))?;
         let client = client(settings, &info)?;
-        let config = no_limits();
-        match timeout(CONNECT_LIMIT, client.get_multiplexed_async_connection_with_config(&config)).await {
+        match timeout(CONNECT_LIMIT, connected(&client)).await {
             Ok(Ok(connection)) => Ok(Self { settings: settings.clone(), connection }),
             Ok(Err(error)) => Err(unavailable(url, &error)),
             Err(_) => Err(Unavailable::silent(url, CONNECT_LIMIT).with_hint(hint_when_silent(url))),

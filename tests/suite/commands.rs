@@ -118,7 +118,11 @@ async fn check_prints_settings_that_can_be_read_back_with_secrets_masked() {
     let settings = [("amqp.url", &*url), ("amqp.prefetch", "17")];
     let checked = space.run(&["check"], &settings, "").await;
     assert_eq!((checked.code, &*checked.stderr), (Some(0), ""));
-    assert!(!checked.stdout.contains("gu%65st") && checked.stdout.contains("url = \"amqp://127.0.0.1:"), "{}", checked.stdout);
+    assert!(
+        !checked.stdout.contains("gu%65st") && checked.stdout.contains("url = \"amqp://127.0.0.1:"),
+        "{}",
+        checked.stdout
+    );
     assert!(checked.stdout.contains("prefetch = 17\n"));
     // The printed settings are a settings file: only user and password are missing in it.
     let (_file, path) = file(&checked.stdout);
@@ -141,19 +145,11 @@ async fn check_names_the_server_that_does_not_work_and_the_cause_within_five_sec
     let amqp = |port: u16| format!("amqp://guest:hunter2@127.0.0.1:{port}/%2f");
     let redis = |port: u16| format!("redis://:hunter2@127.0.0.1:{port}/0");
     let cases = [
-        (
-            "amqp.url",
-            amqp(closed),
-            format!("broker: amqp://127.0.0.1:{closed}: Connection refused (os error 111)\n"),
-        ),
+        ("amqp.url", amqp(closed), format!("broker: amqp://127.0.0.1:{closed}: Connection refused (os error 111)\n")),
         ("amqp.url", amqp(mute), format!("broker: amqp://127.0.0.1:{mute}: no answer in ")),
         ("amqp.url", amqp_url().replace(":guest@", ":hunter2@"), "broker: amqp://".to_owned()),
         ("amqp.url", amqp_url().replace("%2f", "none"), "broker: amqp://".to_owned()),
-        (
-            "redis.url",
-            redis(closed),
-            format!("store: redis://127.0.0.1:{closed}: Connection refused (os error 111)\n"),
-        ),
+        ("redis.url", redis(closed), format!("store: redis://127.0.0.1:{closed}: Connection refused (os error 111)\n")),
         ("redis.url", redis(mute), format!("store: redis://127.0.0.1:{mute}: no answer in ")),
     ];
     for (key, url, told) in cases {
