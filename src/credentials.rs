@@ -16,6 +16,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{AlertDescription, CertificateError, InconsistentKeys, RootCertStore};
 
 use crate::settings::{SecretUrl, SettingsError};
+use crate::terminal::is_printable;
 
 /// The files that one section of the settings names; an empty path is none.
 #[derive(Clone, Copy)]
@@ -81,9 +82,9 @@ impl Files<'_> {
         let authorities = self.certificates(NAME, self.ca_file)?;
         for certificate in &authorities.parsed {
             // Whatever it objects to, a client would have left this authority out in silence.
-            RootCertStore::empty()
-                .add(certificate.clone())
-                .map_err(|error| self.wrong(NAME, format_args!("holds a certificate that cannot be read: {error}")))?;
+            RootCertStore::empty().add(certificate.clone()).map_err(|error| {
+                self.wrong(NAME, self.ca_file, format_args!("holds a certificate that cannot be read: {error}"))
+            })?;
         }
         Ok(authorities)
     }
@@ -97,7 +98,7 @@ impl Files<'_> {
         }
         let chain = self.certificates("cert_file", self.cert_file)?;
         let key_pem = self.bytes("key_file", self.key_file)?;
-        let wrong_key = |rule: &dyn Display| self.wrong("key_file", rule);
+        let wrong_key = |rule: &dyn Display| self.wrong("key_file", self.key_file, rule);
         // Not the error of the parser, which may quote the file.
         let key = PrivateKeyDer::from_pem_slice(&key_pem)
             .map_err(|_| wrong_key(&"holds no private key without a passphrase in PEM"))?;
@@ -116,15 +117,15 @@ impl Files<'_> {
         let pem = self.bytes(name, path)?;
         match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
             Ok(parsed) if !parsed.is_empty() => Ok(Certificates { pem, parsed }),
-            Ok(_) => Err(self.wrong(name, "holds no certificate in PEM")),
+            Ok(_) => Err(self.wrong(name, path, "holds no certificate in PEM")),
             // Not the error of the parser, which lists bytes.
-            Err(_) => Err(self.wrong(name, "is not PEM, or is cut short")),
+            Err(_) => Err(self.wrong(name, path, "is not PEM, or is cut short")),
         }
     }
 
     fn password(&self) -> Result<String, SettingsError> {
         const NAME: &str = "password_file";
-        let wrong = |rule| self.wrong(NAME, rule);
+        let wrong = |rule| self.wrong(NAME, self.password_file, rule);
         let text = String::from_utf8(self.bytes(NAME, self.password_file)?).map_err(|_| wrong("is not UTF-8"))?;
         // An editor ends the last line, and `echo` does.
         let line = text.strip_suffix('\n').unwrap_or(&text);
@@ -136,12 +137,15 @@ impl Files<'_> {
     }
 
     fn bytes(&self, name: &str, path: &Path) -> Result<Vec<u8>, SettingsError> {
-        std::fs::read(path).map_err(|error| self.wrong(name, format_args!("cannot be read: {error}")))
+        std::fs::read(path).map_err(|error| self.wrong(name, path, error))
     }
 
-    /// Not the name of the file: somebody may have put there what should stand in the file.
-    fn wrong(&self, name: &str, rule: impl Display) -> SettingsError {
-        SettingsError::new(&self.key(name), format_args!("the file {rule}"))
+    /// Names a file only if its name is a whole path, and never that with the password: somebody may have put there what
+    /// should stand in the file.
+    fn wrong(&self, name: &str, path: &Path, rule: impl Display) -> SettingsError {
+        let is_path = |path: &str| path.starts_with('/') && path.chars().all(is_printable);
+        let file = path.to_str().filter(|path| name != "password_file" && is_path(path));
+        SettingsError::new(&self.key(name), format_args!("{}: {rule}", file.unwrap_or("the file")))
     }
 
     pub(crate) fn key(&self, name: &str) -> String {

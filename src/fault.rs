@@ -2,7 +2,7 @@
 //! every function here is empty.
 //!
 //! The environment variable `COMPOSITE_START_FAULT` holds `hold POINT`: the first request to get there goes no further,
-//! and the worker says so, so that a test can kill it there; or `panic POINT TEXT` or `abort POINT TEXT`, which strikes
+//! and the worker says so, so that a test can kill it there; `block POINT`, which keeps the whole thread; or `panic POINT TEXT` or `abort POINT TEXT`, which strikes
 //! wherever a request with `TEXT` in its body gets there.
 
 /// Where a fault can strike: the steps of a request's way.
@@ -39,6 +39,7 @@ mod faults {
 
     enum Fault {
         Hold,
+        Block,
         Panic(String),
         Abort(String),
     }
@@ -49,6 +50,7 @@ mod faults {
         let (kind, point, text) = (words.next()?, words.next()?, words.next());
         let fault = match (&*kind, text) {
             ("hold", None) => Fault::Hold,
+            ("block", None) => Fault::Block,
             ("panic", Some(text)) => Fault::Panic(text),
             ("abort", Some(text)) => Fault::Abort(text),
             _ => panic!("COMPOSITE_START_FAULT: {kind:?} is no fault"),
@@ -61,9 +63,15 @@ mod faults {
     }
 
     pub(crate) async fn reached(point: Point) {
-        if let Some(Fault::Hold) = at(point) {
-            tracing::warn!("fault: held at {point:?}");
-            std::future::pending::<()>().await;
+        match at(point) {
+            Some(Fault::Hold) => {
+                tracing::warn!("fault: held at {point:?}");
+                std::future::pending::<()>().await;
+            }
+            Some(Fault::Block) => loop {
+                std::thread::park();
+            },
+            _ => {}
         }
     }
 

@@ -858,7 +858,7 @@ mod tests {
             (
                 "[amqp]\nurl = \"amqp://u@h\"\npassword_file = \"hunter2\"".to_owned(),
                 &[],
-                "amqp.password_file: the file cannot be read",
+                "amqp.password_file: the file: No such file",
             ),
             (format!("[http]\nlisten = \"{secret}\""), &[], "http.listen: must be an address"),
             (format!("[log]\nfilter = \"{secret}\""), &[], "log.filter: must be a level"),

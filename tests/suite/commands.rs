@@ -9,6 +9,7 @@ use composite_start::version::{COMMIT, FEATURES};
 use serde_json::Value;
 
 use crate::harness::{Ended, PROGRAM, Space, amqp_url, body, entry, run};
+use crate::private_redis::PrivateRedis;
 
 /// `check` must be done by then.
 const CHECK_LIMIT: Duration = Duration::from_secs(5);
@@ -234,6 +235,74 @@ fn a_wrong_setting_in_a_file_is_named_too() {
     assert_is_one_line_about("--config", &check_with_file_alone("/no/such/file.toml"));
     let (_file, no_toml) = file("[amqp");
     assert_eq!(check_with_file_alone(&no_toml).lines().count(), 1);
+}
+
+/// Whatever is wrong with an address, and wherever it stands.
+#[tokio::test]
+async fn no_command_prints_a_password_that_it_was_given_in_the_wrong_way() {
+    let space = Space::new();
+    let cases = [
+        ("amqp.url", "amqp://guest:12#hunter2@127.0.0.1"),
+        ("amqp.url", "amqp://guest:12/hunter2@127.0.0.1"),
+        ("amqp.url", "amqp://guest:12?hunter2@127.0.0.1"),
+        ("amqp.url", "amqp://guest:12@hunter2@127.0.0.1"),
+        ("amqp.url", "guest:hunter2@127.0.0.1"),
+        ("amqp.url", "hunter2://guest:hunter2@127.0.0.1"),
+        ("redis.url", "redis://:hunter2\n@127.0.0.1"),
+        ("redis.url", "redis://hunter2@127.0.0.1"),
+        ("redis.url", "redis://127.0.0.1/hunter2"),
+        ("redis.url", "redis://127.0.0.1?hunter2=x"),
+        ("amqp", "amqp://guest:hunter2@127.0.0.1"),
+        ("amqp.url.x", "amqp://guest:hunter2@127.0.0.1"),
+        ("amqp.pasword", "hunter2"),
+        ("amqp.password_file", "hunter2"),
+        ("redis.key_file", "hunter2"),
+        ("log.filter", "hunter2"),
+        ("http.listen", "hunter2"),
+        ("reply.flags", "hunter2"),
+    ];
+    for (key, value) in cases {
+        for command in [&["check"][..], &["worker"], &["gateway"], &["send", "-"], &["dead", "list"], &["show", "1"]] {
+            let ended = space.run(command, &[(key, value)], "{}").await;
+            assert_eq!((ended.code, ended.stderr.lines().count()), (Some(2), 1), "{command:?} {key}: {}", ended.stderr);
+            let told = ended.stdout + &ended.stderr;
+            assert!(!told.contains("hunter") && !told.contains(":12"), "{command:?} {key} {value}: {told}");
+        }
+    }
+    for arguments in [
+        &["--config", "amqp://guest:hunter2@127.0.0.1", "check"][..],
+        &["check", "amqp://guest:hunter2@127.0.0.1"],
+        &["amqp://guest:hunter2@127.0.0.1"],
+        &["send", "-", "--timeout", "amqp://guest:hunter2@127.0.0.1"],
+        &["worker", "--url=amqp://guest:hunter2@127.0.0.1"],
+    ] {
+        let ended = space.run(arguments, &[], "").await;
+        assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+        assert!(!ended.stderr.is_empty() && !ended.stderr.contains("hunter"), "{}", ended.stderr);
+    }
+}
+
+#[tokio::test]
+async fn a_login_that_is_refused_names_the_settings_to_look_at() {
+    let space = Space::new();
+    let login = space.redis_login(&["~*", "+@all"]).await;
+    let wrong_redis = login.replace("hunter2", "hunter1");
+    let redis = PrivateRedis::start().await;
+    redis.does(&["CONFIG", "SET", "requirepass", "hunter2"]).await;
+    let no_virtual_host = amqp_url().replace("%2f", "none");
+    let wrong_amqp = amqp_url().replace(":guest@", ":hunter2@");
+    for (key, url, told) in [
+        ("redis.url", &redis.url(), "NOAUTH"),
+        ("redis.url", &redis.url(), "redis.password_file"),
+        ("redis.url", &wrong_redis, "redis.password_file"),
+        ("amqp.url", &wrong_amqp, "amqp.password_file"),
+        ("amqp.url", &no_virtual_host, "the virtual host in amqp.url"),
+    ] {
+        let ended = space.run(&["check"], &[(key, url)], "").await;
+        assert_eq!((ended.code, ended.stderr.lines().count()), (Some(1), 1), "{}", ended.stderr);
+        assert!(ended.stderr.contains(key) && ended.stderr.contains(told), "{}", ended.stderr);
+        assert!(!ended.stderr.contains("hunter"), "{}", ended.stderr);
+    }
 }
 
 /// What `check` says of a wrong file. The environment is empty: what it says stands above the file.

@@ -246,8 +246,14 @@ impl Worker {
 
     /// The same for another command that works until it is told to stop.
     pub fn start_as(command: &str, environment: &[(String, String)]) -> Self {
-        let mut child = Command::new(PROGRAM)
-            .arg(command)
+        let mut program = Command::new(PROGRAM);
+        program.arg(command);
+        Self::spawn(program, environment)
+    }
+
+    /// The same for a program that becomes one of them.
+    pub fn spawn(mut program: Command, environment: &[(String, String)]) -> Self {
+        let mut child = program
             .env("COMPOSITE_START__LOG__FORMAT", "text")
             .envs(environment.iter().cloned())
             .stdin(Stdio::null())

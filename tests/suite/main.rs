@@ -3,6 +3,7 @@
 // The leave that clippy.toml gives tests ends at functions without #[test]; what helps a test is one too.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
+mod addresses;
 mod alarm;
 mod asyncapi;
 mod authority;
@@ -43,9 +44,12 @@ mod raw_amqp;
 mod refusals;
 mod shell_example;
 mod show;
+mod signals;
 mod store;
 mod store_faults;
+mod terminal;
 mod tls;
 mod topology;
 mod traces;
+mod unread_log;
 mod versions;

@@ -206,6 +206,24 @@ async fn a_request_queue_with_a_dead_letter_target_of_its_own_is_taken_as_it_is(
 }
 
 #[tokio::test]
+async fn a_stream_as_request_queue_is_refused_however_it_is_to_be_used() {
+    let space = Space::new();
+    declared_by_others(&space, &[("x-queue-type", "stream")]).await;
+    let dead_letters = space.dead_letter_queue();
+    channel().await.queue_delete(dead_letters.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    declare(&dead_letters, &[("x-queue-type", "quorum")]).await;
+    let as_it_is = [("amqp.declare", "false")];
+    let with_loss = [as_it_is[0], ("amqp.allow_loss", "true")];
+    let classic = [as_it_is[0], ("amqp.queue_type", "classic")];
+    for settings in [&[][..], &as_it_is, &with_loss, &classic] {
+        for line in one_line(&space, settings).await {
+            assert!(line.contains(&format!("queue {} is a stream", space.queue)), "{settings:?}: {line}");
+            assert!(line.contains("set amqp.queue"), "{line}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn where_the_broker_does_not_tell_of_a_dead_letter_target_the_worker_says_so_and_works() {
     let space = Space::new();
     let exchange = space.dead_letter_exchange();

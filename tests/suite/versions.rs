@@ -61,7 +61,7 @@ async fn a_server_that_is_too_old_ends_the_worker_and_check_with_one_line() {
     make_broker_old(&broker);
     make_store_old(&store, &space).await;
     let cases = [
-        (("amqp.url", broker.url()), "/%2f: RabbitMQ 3.0.", "RabbitMQ 3.10 or newer is needed"),
+        (("amqp.url", broker.url()), ": RabbitMQ 3.0.", "RabbitMQ 3.10 or newer is needed"),
         (("redis.url", store.url()), ": Redis 6.0.16 is too old", "Redis 6.2 or newer is needed"),
     ];
     for ((key, url), found, needed) in &cases {
