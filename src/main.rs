@@ -88,6 +88,11 @@ const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
+    // What a panic says may quote anything; a worker and a gateway log it.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        say(&format!("composite-start: a panic at {place}: please report it"));
+    }));
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return wrong_arguments(&error),

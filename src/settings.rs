@@ -355,11 +355,11 @@ fn read_url(key: &str, url: &SecretUrl, schemes: &[&str]) -> Result<Url, Setting
         Ok(_) | Err(UrlError::Scheme) => {
             return Err(SettingsError::new(key, format_args!("must begin with {}", expected())));
         }
-        Err(error @ UrlError::Reserved(_)) => {
-            let file = key.replace("url", "password_file");
-            return Err(SettingsError::new(key, format_args!("{error}, or keep the password in {file}")));
+        Err(error) => {
+            let file = key.strip_suffix(".url").map(|section| format!("; or keep it in {section}.password_file"));
+            let advice = file.filter(|_| error.is_about_encoding()).unwrap_or_default();
+            return Err(SettingsError::new(key, format_args!("{error}{advice}")));
         }
-        Err(error) => return Err(SettingsError::new(key, error)),
     };
     Ok(read)
 }
@@ -835,10 +835,12 @@ mod tests {
         }
     }
 
+    /// A file, an environment, and how the complaint begins.
+    type Case<'a> = (String, &'a [(&'a str, &'a str)], &'a str);
+
     #[test]
     fn what_stands_in_the_wrong_place_is_named_and_not_quoted() {
         let secret = "amqp://u:hunter2@h";
-        type Case<'a> = (String, &'a [(&'a str, &'a str)], &'a str);
         let cases: &[Case<'_>] = &[
             (String::new(), &[("COMPOSITE_START__AMQP", secret)], "amqp: is a section"),
             (String::new(), &[("COMPOSITE_START__AMQP__URL__X", secret)], "amqp.url: is no section"),

@@ -27,9 +27,9 @@ pub struct SecretUrl(String);
 pub(crate) enum UrlError {
     #[error("begins with no known scheme and ://")]
     Scheme,
-    #[error("holds a space, a line end or a control character: write it as %XX (a space is %20)")]
+    #[error("holds a space, a line end or a control character: in a password write it as %XX (a space is %20)")]
     Unprintable,
-    #[error("holds a % that two hexadecimal digits do not follow: write % as %25")]
+    #[error("holds a % that two hexadecimal digits do not follow: in a password write % as %25")]
     Percent,
     #[error("%XX in it is not UTF-8")]
     NotUtf8,
@@ -41,6 +41,13 @@ pub(crate) enum UrlError {
     Host,
     #[error("{0}; in a password write / as %2F, ? as %3F, # as %23 and @ as %40")]
     Syntax(url::ParseError),
+}
+
+impl UrlError {
+    /// Whether a password that needs no encoding would be no mistake.
+    pub(crate) fn is_about_encoding(self) -> bool {
+        matches!(self, Self::Unprintable | Self::Percent | Self::NotUtf8 | Self::Reserved(_) | Self::Syntax(_))
+    }
 }
 
 impl SecretUrl {

@@ -44,6 +44,8 @@ const WAITING: usize = 4096;
 const BATCH: usize = 512;
 /// No span waits longer for others.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// To connect to the receiver.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// For the receiver to take a batch.
 const EXPORT_LIMIT: Duration = Duration::from_secs(5);
 /// For the receiver to take what is left when the worker ends.
@@ -298,7 +300,11 @@ impl HttpsClient {
             let config = config.with_safe_default_protocol_versions()?;
             builder.with_tls_config(config.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
         };
-        let connector = builder.https_or_http().enable_http1().build();
+        // Divided among the addresses of the host, so that a dead one keeps nobody from the others.
+        let mut tcp = HttpConnector::new();
+        tcp.set_connect_timeout(Some(CONNECT_LIMIT));
+        tcp.enforce_http(false);
+        let connector = builder.https_or_http().enable_http1().wrap_connector(tcp);
         Ok(Self { client: Client::builder(TokioExecutor::new()).build(connector), cause: Arc::default() })
     }
 

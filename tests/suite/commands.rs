@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use composite_start::version::{COMMIT, FEATURES};
+use proptest::prelude::*;
 use serde_json::Value;
 
 use crate::harness::{Ended, PROGRAM, Space, amqp_url, body, entry, run};
@@ -279,6 +280,39 @@ async fn no_command_prints_a_password_that_it_was_given_in_the_wrong_way() {
         let ended = space.run(arguments, &[], "").await;
         assert_eq!(ended.code, Some(2), "{}", ended.stderr);
         assert!(!ended.stderr.is_empty() && !ended.stderr.contains("hunter"), "{}", ended.stderr);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// A secret as the password, and once more anywhere before the host.
+    #[test]
+    fn check_prints_no_part_of_a_secret_wherever_it_stands(
+        secret in "[A-Z]{8}[A-Z#/?@% ]{4}[A-Z]{8}",
+        at in any::<prop::sample::Index>(),
+        key in prop::sample::select(vec!["amqp", "redis"]),
+        in_a_file in any::<bool>(),
+    ) {
+        let url = format!("{key}://u:{secret}@127.0.0.1:1");
+        let spliced = {
+            let at = at.index(url.find("127").unwrap());
+            format!("{}{secret}{}", &url[..at], &url[at..])
+        };
+        for url in [url, spliced] {
+            let mut command = Command::new(PROGRAM);
+            command.arg("check").env_clear();
+            let written = file(&format!("[{key}]\nurl = {url:?}\n{secret}\n"));
+            if in_a_file {
+                command.args(["--config", &written.1]);
+            } else {
+                command.env(format!("COMPOSITE_START__{}__URL", key.to_uppercase()), &url);
+            }
+            let output = command.output().unwrap();
+            let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            prop_assert!(!output.status.success() && !told.is_empty());
+            prop_assert!(!told.contains(&secret[..8]) && !told.contains(&secret[12..]), "{url:?}: {told}");
+        }
     }
 }
 
