@@ -426,7 +426,7 @@ fn check_redis_url(url: &SecretUrl) -> Result<(), SettingsError> {
             return wrong("the database must be a number: redis://host:6379/3");
         }
     }
-    crate::store::check_url(url).or_else(|error| wrong(&error))
+    crate::store::check_url(url).or_else(|_| wrong("is not an address to connect to, as 0.0.0.0 is not"))
 }
 
 /// What the client does not know, and what it would take the last of.

@@ -122,9 +122,9 @@ impl BrokerError {
         if hint.is_empty() { Self { doing, cause } } else { Self::other(doing, format!("{cause}{hint}")) }
     }
 
-    /// Whether a broker has said this: at another of its addresses it would say the same.
-    fn is_an_answer(&self) -> bool {
-        matches!(&self.cause, Cause::Lapin(error) if matches!(error.kind(), ErrorKind::ProtocolError(_)))
+    /// Whether RabbitMQ does not let us in: at another of its addresses it would say the same.
+    fn is_refused_login(&self) -> bool {
+        matches!(&self.cause, Cause::Lapin(error) if !hint_when_refused(error, Login::Plain).is_empty())
     }
 
     /// The broker's objection to what was being done, if it closed the channel over it: its kind and its words.
@@ -370,7 +370,7 @@ impl Link {
             let found = dial::addresses(&authority.host, authority.port).await;
             let found = found.map_err(|error| BrokerError::other(&doing, error.to_string()))?;
             let attempt = |at| Self::connect_to(&address, at, settings, name, allowance);
-            dial::first_that_works(&found, CONNECT_LIMIT, attempt, BrokerError::is_an_answer).await
+            dial::first_that_works(&found, CONNECT_LIMIT, attempt, BrokerError::is_refused_login).await
         });
         let connected = connected.await.unwrap_or_else(|_| Err(BrokerError::silent(doing, CONNECT_LIMIT)));
         connected.map_err(|error| error.while_connecting(settings))

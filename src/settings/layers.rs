@@ -120,7 +120,11 @@ fn unknown(names: &[&str]) -> SettingsError {
 }
 
 fn is_section(section: &str) -> SettingsError {
-    SettingsError::new(&named(&[section]), format_args!("is a section: set what is in it, such as {section}.… "))
+    let name = named(&[section]);
+    let variable = name.to_uppercase();
+    let rule =
+        format!("is a section and has no value: set its keys, {name}.KEY or {ENVIRONMENT_PREFIX}{variable}__KEY");
+    SettingsError::new(&name, rule)
 }
 
 fn of_another_type(names: &[&str], known: &Value) -> SettingsError {

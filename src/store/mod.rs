@@ -382,7 +382,7 @@ async fn connected(client: &Client) -> redis::RedisResult<MultiplexedConnection>
         let config = no_limits().set_dns_resolver(Only(address));
         client.get_multiplexed_async_connection_with_config(&config).await
     };
-    dial::first_that_works(&addresses, CONNECT_LIMIT, attempt, |error| error.code().is_some()).await
+    dial::first_that_works(&addresses, CONNECT_LIMIT, attempt, |error| !hint_when_refused(error).is_empty()).await
 }
 
 /// The one address that the client is to try. It asks by name, and checks the server's certificate for that name.
