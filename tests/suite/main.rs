@@ -11,6 +11,7 @@ mod bench;
 mod broker_user;
 mod checker;
 mod client;
+mod cluster;
 mod commands;
 mod contract;
 mod crash_points;
