@@ -21,6 +21,7 @@ use crate::retry::Delays;
 use crate::server_version::{TooOld, Version};
 use crate::settings::{QueueType, Settings};
 use crate::store::{Store, Unavailable};
+use crate::worker::reputation::Reputations;
 use crate::worker::{InHand, Stopped, Worker, stopped};
 
 /// For a quorum queue to take the last acknowledgements: while 32 of them are being replicated, RabbitMQ keeps those
@@ -78,6 +79,7 @@ async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Recei
     let mut store = Store::new(&settings.redis, settings.store.on_found)?;
     let mut delays = Delays::new();
     let mut outage = Outage::new("not consuming");
+    let reputations = Reputations::new();
     let mut has_worked = false;
     loop {
         let session = tokio::select! {
@@ -96,7 +98,8 @@ async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Recei
                     redis = store.version().as_str(),
                     "consuming"
                 );
-                match session.run(settings, &mut store, monitor, stop.clone()).await {
+                let run = Box::pin(session.run(settings, &mut store, &reputations, monitor, stop.clone()));
+                match run.await {
                     End::Drained => return Ok(()),
                     End::NotDrained { left } => return Err(RunError::NotDrained { left }),
                     End::Stopped(cause) => cause.to_string(),
@@ -171,7 +174,7 @@ impl Session {
         let mut broker = Broker::connect(&settings.amqp, request_bytes).await?;
         monitor.health.works(|parts| (parts.consume_connection, parts.publish_connection) = (true, true));
         let rabbitmq = broker.version()?;
-        let (endpoints, probe) = broker.open(&settings.amqp).await?;
+        let (endpoints, probe) = broker.open().await?;
         monitor.health.works(|parts| (parts.publishing, parts.consumer) = (true, true));
         Ok(Self { rabbitmq, broker, endpoints, probe })
     }
@@ -180,6 +183,7 @@ impl Session {
         self,
         settings: &Settings,
         store: &mut Store,
+        reputations: &Reputations,
         monitor: &LaneMonitor,
         stop: watch::Receiver<bool>,
     ) -> End {
@@ -191,7 +195,7 @@ impl Session {
         let Self { mut broker, mut endpoints, probe, .. } = self;
         let valve = endpoints.valve.clone();
         let pulse = Pulse { store: store.probe(), broker: &probe, valve, in_hand: &in_hand, monitor };
-        let worker = Worker::new(settings, store, &mut endpoints, &in_hand, monitor);
+        let worker = Worker::new(settings, store, &mut endpoints, &in_hand, reputations, monitor);
         let end = tokio::select! {
             biased;
             ended = worker.work(stop.clone()) => ended.map_or_else(End::Stopped, |()| End::Drained),

@@ -11,14 +11,18 @@
 //! broker. Whatever goes wrong in between ends the session, and the broker hands the request out again. A panic costs
 //! the request that it came from, and no other.
 //!
-//! `intake` decides what is handled next, `settling` is the second half.
+//! `intake` decides what is handled next, `settling` is the second half, and in `quarantine` are replies that cannot be
+//! delivered like others, by the `reputation` of their addresses among other things.
 
 mod intake;
+mod quarantine;
+pub(crate) mod reputation;
 mod settling;
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -29,7 +33,8 @@ use tokio::time::sleep;
 use tracing::{debug, error, info, warn};
 
 use crate::amqp::delivery::Delivery;
-use crate::amqp::publisher::Publisher;
+use crate::amqp::publisher::{Publication, Publisher};
+use crate::amqp::reply_address::is_malformed;
 use crate::amqp::topology::Names;
 use crate::amqp::{BrokerError, Endpoints};
 use crate::clock;
@@ -45,7 +50,9 @@ use crate::store::script::Call;
 use crate::store::{EntryFailure, Found, Store, Unavailable};
 use crate::traces::RequestSpan;
 use intake::{Intake, Taken};
-use settling::{Published, PublishedRequest, Settling};
+use quarantine::{Cause, Quarantine};
+use reputation::{Reputations, Route};
+use settling::{Published, PublishedReply, PublishedRequest, Sent, Settling};
 
 /// Why a worker stopped although nobody asked it to.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +78,8 @@ pub enum Stopped {
     },
 }
 
-/// How many requests a worker has taken and not settled. One that pauses before it goes back counts as settled.
+/// How many requests a worker has taken and not settled. One that pauses before it goes back, or whose reply is in
+/// quarantine, counts as settled.
 #[derive(Debug)]
 pub struct InHand {
     number: watch::Sender<usize>,
@@ -99,6 +107,12 @@ impl InHand {
     fn add(&self, count: usize) {
         self.number.send_modify(|number| *number += count);
         self.taken.fetch_add(count as u64, Ordering::Relaxed);
+        self.gauge.add(signed(count));
+    }
+
+    /// Counts again what counted as settled for a while; it was taken only once.
+    fn readd(&self, count: usize) {
+        self.number.send_modify(|number| *number += count);
         self.gauge.add(signed(count));
     }
 
@@ -131,19 +145,21 @@ pub struct Worker<'a> {
     store: &'a mut Store,
     endpoints: &'a mut Endpoints,
     in_hand: &'a InHand,
+    reputations: &'a Reputations,
     monitor: &'a LaneMonitor,
 }
 
 impl<'a> Worker<'a> {
     /// A worker on `endpoints`; `in_hand` counts the requests it has taken and not settled.
-    pub fn new(
+    pub(crate) fn new(
         settings: &'a Settings,
         store: &'a mut Store,
         endpoints: &'a mut Endpoints,
         in_hand: &'a InHand,
+        reputations: &'a Reputations,
         monitor: &'a LaneMonitor,
     ) -> Self {
-        Self { settings, store, endpoints, in_hand, monitor }
+        Self { settings, store, endpoints, in_hand, reputations, monitor }
     }
 
     /// Works. When `stop` turns true, takes no more requests and returns once those in hand are settled.
@@ -151,9 +167,12 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// Why it [`Stopped`]; what was not settled goes back to the queue with the connection.
     pub async fn work(self, stop: watch::Receiver<bool>) -> Result<(), Stopped> {
-        let Self { settings, store, endpoints, in_hand, monitor } = self;
+        let Self { settings, store, endpoints, in_hand, reputations, monitor } = self;
         let Endpoints { consumer, publisher, acknowledger, valve } = endpoints;
         let (published, to_settle) = mpsc::channel(settings.amqp.prefetch.into());
+        // Neither can hold more than the prefetch.
+        let (suspects, to_try) = mpsc::unbounded_channel();
+        let (decided, verdicts) = mpsc::unbounded_channel();
         let intake = Intake::new(consumer, valve.clone(), stop, in_hand, settings.amqp.prefetch.into());
         let answering = Answering {
             settings,
@@ -161,11 +180,18 @@ impl<'a> Worker<'a> {
             publisher,
             names: Names::new(&settings.amqp.queue),
             numbers: FreshNumbers::new(),
+            reputations,
             monitor,
         };
-        let settling = Settling::new(acknowledger, valve.clone(), in_hand, monitor.metrics());
+        let settling =
+            Settling::new(acknowledger, publisher, valve.clone(), in_hand, monitor.metrics(), (suspects, verdicts));
+        let quarantine = Quarantine::new(&settings.amqp, reputations, valve.clone(), decided);
         let working = async {
-            tokio::try_join!(answering.answer_all(intake, published), settling.settle_all(to_settle).err_into())
+            tokio::try_join!(
+                answering.answer_all(intake, published),
+                settling.settle_all(to_settle).err_into(),
+                quarantine.run(to_try).map(Ok),
+            )
         };
         let hold_seconds = settings.worker.hold_seconds;
         let mut valve = valve.clone();
@@ -186,15 +212,12 @@ struct Answering<'a> {
     publisher: &'a Publisher,
     names: Names,
     numbers: FreshNumbers,
+    reputations: &'a Reputations,
     monitor: &'a LaneMonitor,
 }
 
-impl<'a> Answering<'a> {
-    async fn answer_all(
-        mut self,
-        mut intake: Intake<'_>,
-        published: mpsc::Sender<Published<'a>>,
-    ) -> Result<(), Stopped> {
+impl Answering<'_> {
+    async fn answer_all(mut self, mut intake: Intake<'_>, published: mpsc::Sender<Published>) -> Result<(), Stopped> {
         while let Some(Taken { requests, set_aside }) = intake.next().await? {
             let taken_at = Instant::now();
             let requests = self.answer(requests).await?;
@@ -205,7 +228,7 @@ impl<'a> Answering<'a> {
     }
 
     /// The way of a batch, in reading order.
-    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest<'a>>, Stopped> {
+    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest>, Stopped> {
         let (metrics, mut clock) = (self.monitor.metrics(), StageClock::new());
         metrics.taken(batch.len(), batch.iter().filter(|delivery| delivery.is_redelivered()).count());
         let mut spans = self.monitor.traces().begin(&batch);
@@ -216,7 +239,8 @@ impl<'a> Answering<'a> {
         metrics.passed(Stage::Store, clock.lap());
         RequestSpan::stored(&mut spans);
         fault::reached(Point::ScriptAnswered).await;
-        let published = self.end_all(&batch, outcomes, spans);
+        self.publisher.is_ready().await;
+        let published = self.end_all(batch, outcomes, spans);
         metrics.passed(Stage::Publish, clock.lap());
         fault::reached(Point::ReplyPublished).await;
         Ok(published)
@@ -339,29 +363,24 @@ impl<'a> Answering<'a> {
         }
     }
 
-    fn end_all(
-        &self,
-        batch: &[Delivery],
-        outcomes: Vec<Outcome>,
-        spans: Vec<RequestSpan>,
-    ) -> Vec<PublishedRequest<'a>> {
+    fn end_all(&self, batch: Vec<Delivery>, outcomes: Vec<Outcome>, spans: Vec<RequestSpan>) -> Vec<PublishedRequest> {
         let _together = self.publisher.together();
-        let outcomes = batch.iter().zip(outcomes).zip(spans);
+        let outcomes = batch.into_iter().zip(outcomes).zip(spans);
         outcomes.map(|((delivery, outcome), span)| self.end(delivery, outcome, span)).collect()
     }
 
     /// What becomes of a request when it has an outcome. A panic on the way makes it one that failed.
-    fn end(&self, delivery: &Delivery, outcome: Outcome, mut span: RequestSpan) -> PublishedRequest<'a> {
+    fn end(&self, delivery: Delivery, outcome: Outcome, mut span: RequestSpan) -> PublishedRequest {
         let ended = isolated(|| {
             fault::strike(Point::ReplyPublished, delivery.body());
-            let ending = self.ending(outcome, delivery, &mut span);
-            self.publish(delivery, ending, &span)
+            let ending = self.ending(outcome, &delivery, &mut span);
+            self.publish(&delivery, ending, &span)
         });
-        let ended = ended.unwrap_or_else(|| {
-            let ending = self.ending(Outcome::panicked(), delivery, &mut span);
-            self.publish(delivery, ending, &span)
+        let (outcome, reply, dead_letter) = ended.unwrap_or_else(|| {
+            let ending = self.ending(Outcome::panicked(), &delivery, &mut span);
+            self.publish(&delivery, ending, &span)
         });
-        ended.traced_by(span)
+        PublishedRequest { delivery, outcome, reply, dead_letter, span }
     }
 
     /// The one place where an outcome becomes an ending.
@@ -383,7 +402,12 @@ impl<'a> Answering<'a> {
         }
     }
 
-    fn publish(&self, delivery: &Delivery, ending: Ending, span: &RequestSpan) -> PublishedRequest<'a> {
+    fn publish(
+        &self,
+        delivery: &Delivery,
+        ending: Ending,
+        span: &RequestSpan,
+    ) -> (metrics::Outcome, Option<PublishedReply>, Option<Publication<'static>>) {
         let outcome = ending.outcome();
         let (reply, dead_letter) = match ending {
             Ending::Reply(reply) => (Some(reply), None),
@@ -391,9 +415,21 @@ impl<'a> Answering<'a> {
             Ending::ReplyAndDeadLetter(reply, refusal) => (Some(reply), Some(refusal)),
             Ending::Nothing => (None, None),
         };
-        let reply = reply.and_then(|reply| self.publisher.reply(delivery, reply, span.context()));
+        let reply = reply.and_then(|reply| self.send(delivery, Arc::new(reply), span));
         let dead_letter = dead_letter.map(|refusal| self.publisher.dead_letter(delivery, &refusal));
-        PublishedRequest::new(delivery, outcome, reply, dead_letter)
+        (outcome, reply, dead_letter)
+    }
+
+    /// A reply goes where the reputation of its address sends it.
+    fn send(&self, delivery: &Delivery, reply: Arc<Reply>, span: &RequestSpan) -> Option<PublishedReply> {
+        let address = delivery.reply_to()?.as_str();
+        let sent = match self.reputations.route(address) {
+            Route::Main => Sent::Published(self.publisher.reply(delivery, &reply, span.context())?),
+            Route::Quarantine => Sent::Withheld(Cause::Expected),
+            Route::Alone => Sent::Withheld(Cause::Doubtful { is_malformed: is_malformed(address) }),
+            Route::Nowhere => Sent::Hopeless,
+        };
+        Some(PublishedReply { reply, sent })
     }
 }
 

@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel};
 use serde_json::{Map, Value};
@@ -23,8 +23,9 @@ use super::allowance::Allowance;
 use super::delivery::Delivery;
 use super::frame_guard::UNREADABLE;
 use super::publisher::{Fate, confirming_channel, properties_of_a_copy, publish};
+use super::reply_address::{Presence, look_up, passive_declare};
 use super::topology::{Names, TopologyError};
-use super::{ANSWER_LIMIT, BrokerError, Link, within};
+use super::{ANSWER_LIMIT, BrokerError, Closed, Link, within};
 use crate::clock;
 use crate::settings::Amqp as Settings;
 
@@ -60,6 +61,9 @@ pub struct DeadLetters {
     sending: Channel,
     names: Names,
     acknowledgements_on_their_way: u32,
+    settings: Settings,
+    /// Reply addresses are looked up on a connection of their own: RabbitMQ may close it over one.
+    lookups: Option<Link>,
     /// Whether there is somebody at a reply address.
     addresses: HashMap<ShortString, bool>,
 }
@@ -103,10 +107,17 @@ impl DeadLetters {
         let taking = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
         let sending = confirming_channel(connection).await?;
         let names = Names::new(&settings.queue);
-        match look_up(&taking, &names.dead_letter_queue).await {
-            Ok(()) => {
-                Ok(Self { link, taking, sending, names, acknowledgements_on_their_way: 0, addresses: HashMap::new() })
-            }
+        match passive_declare(&taking, &names.dead_letter_queue).await {
+            Ok(()) => Ok(Self {
+                link,
+                taking,
+                sending,
+                names,
+                acknowledgements_on_their_way: 0,
+                settings: settings.clone(),
+                lookups: None,
+                addresses: HashMap::new(),
+            }),
             Err(error) if error.is_not_found() => Err(TopologyError::Unusable(format!(
                 "queue {} does not exist: start a worker, which declares it, or name the right amqp.queue",
                 names.dead_letter_queue
@@ -157,23 +168,23 @@ impl DeadLetters {
         Ok(Some((DeadLetter { position, bytes: delivery.body().len(), delivery }, left)))
     }
 
-    /// Whether the reply address of this letter, if it has one, is still there. To ask for a direct reply-to by
-    /// declaring it is RabbitMQ's own way.
+    /// Whether the reply address of this letter, if it has one, is still there; a queue on a node that is down is.
     pub async fn has_reader(&mut self, letter: &DeadLetter) -> Result<bool, BrokerError> {
         let Some(address) = letter.delivery.reply_to() else { return Ok(true) };
         if let Some(is_there) = self.addresses.get(address) {
             return Ok(*is_there);
         }
-        // The broker closes the channel to say no.
-        let channel = within(ANSWER_LIMIT, "open a channel", self.link.connection().create_channel()).await?;
-        let is_there = match look_up(&channel, address).await {
-            Ok(()) => {
-                within(ANSWER_LIMIT, "close a channel", channel.close(200, "OK".into())).await?;
-                true
+        let link = match self.lookups.take() {
+            Some(link) => link,
+            None => Link::connect(&self.settings, "composite-start dead, looking up", &Allowance::unlimited()).await?,
+        };
+        let is_there = match look_up(link.connection(), address).await {
+            Ok(presence) => {
+                self.lookups = Some(link);
+                presence != Presence::Missing
             }
-            Err(error) if error.is_not_found() => false,
-            // One that exists and that others may not look at.
-            Err(error) if error.objection().is_some() => true,
+            // Nobody can be at an address over which RabbitMQ closes the connection.
+            Err(error) if matches!(error.closed(), Some(Closed::Connection { .. })) => false,
             Err(error) => return Err(error),
         };
         self.addresses.insert(address.clone(), is_there);
@@ -247,13 +258,6 @@ impl DeadLetters {
         let silent = |_| BrokerError::silent(format!("publish to {queue}"), CONFIRM_LIMIT);
         timeout(CONFIRM_LIMIT, publication.fate()).await.map_err(silent)?
     }
-}
-
-/// Asks for a queue without declaring it.
-async fn look_up(channel: &Channel, queue: &ShortString) -> Result<(), BrokerError> {
-    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-    let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default());
-    within(ANSWER_LIMIT, format!("look up queue {queue}"), declared).await.map(drop)
 }
 
 impl DeadLetter {

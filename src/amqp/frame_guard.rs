@@ -7,7 +7,7 @@
 //!
 //! So each content header is looked at here before lapin sees it. One that lapin could not read is replaced by a
 //! header that says why, in [`UNREADABLE`]; the request is then refused like any other bad request. Everything else
-//! passes as it came. On the way what the broker says of itself is overheard.
+//! passes as it came. On the way what the broker says of itself, and what it returns, is overheard.
 //!
 //! ```text
 //! broker ──▶ socket ──▶ [ Guarded ] ──▶ lapin
@@ -35,6 +35,7 @@ use super::allowance::Allowance;
 use super::cork::Cork;
 use super::greeting::Greeting;
 use super::lifeline::Lifeline;
+use super::returns::Returns;
 
 /// The header under which a replaced content header says what was wrong with the one it replaces.
 pub const UNREADABLE: &str = "x-composite-start-unreadable";
@@ -102,10 +103,19 @@ impl Reactor for GuardedTokio {
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         self.0.tcp_connect_addr(addr).map_ok(|stream| {
-            let (cork, allowance, greeting) = (Cork::default(), Allowance::unlimited(), Greeting::default());
-            Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), cork, allowance, greeting)
+            let (cork, allowance, overheard) = (Cork::default(), Allowance::unlimited(), Overheard::default());
+            Guarded::new(AsyncTcpStream::Plain(stream), Lifeline::default(), cork, allowance, overheard)
         })
     }
+}
+
+/// What the socket tells of the frames that pass: lapin reads them too, and keeps this to itself.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Overheard {
+    /// What RabbitMQ says of itself.
+    pub(super) greeting: Greeting,
+    /// What it returned of what was published.
+    pub(super) returns: Returns,
 }
 
 /// A stream of AMQP frames whose reader meets no content header that it could not read and no message that its
@@ -119,8 +129,8 @@ pub(super) struct Guarded<S> {
 }
 
 impl<S> Guarded<S> {
-    pub(super) fn new(stream: S, lifeline: Lifeline, cork: Cork, allowance: Allowance, greeting: Greeting) -> Self {
-        Self { stream, lifeline, cork, buffer: Buffer::new(allowance, greeting) }
+    pub(super) fn new(stream: S, lifeline: Lifeline, cork: Cork, allowance: Allowance, overheard: Overheard) -> Self {
+        Self { stream, lifeline, cork, buffer: Buffer::new(allowance, overheard) }
     }
 }
 
@@ -195,15 +205,15 @@ struct Buffer {
     /// This many bytes behind `looked` belong to a frame that passes as it comes.
     passing: usize,
     allowance: Allowance,
-    greeting: Greeting,
+    overheard: Overheard,
     /// Behind `looked` is the header of a message that the allowance does not cover now.
     has_message_waiting: bool,
 }
 
 impl Buffer {
-    fn new(allowance: Allowance, greeting: Greeting) -> Self {
+    fn new(allowance: Allowance, overheard: Overheard) -> Self {
         let bytes = vec![0; READ_BYTES];
-        Self { bytes, start: 0, looked: 0, end: 0, passing: 0, allowance, greeting, has_message_waiting: false }
+        Self { bytes, start: 0, looked: 0, end: 0, passing: 0, allowance, overheard, has_message_waiting: false }
     }
 
     /// Moves what has been looked at to `out`; the number of bytes moved.
@@ -274,11 +284,13 @@ impl Buffer {
         const CONNECTION_START: [u8; 4] = [0, 10, 0, 10];
         const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
         const BASIC_GET_OK: [u8; 4] = [0, 60, 0, 71];
+        const BASIC_RETURN: [u8; 4] = [0, 60, 0, 50];
         const DELIVERY_TAG_AND_REDELIVERED: usize = 9;
         match self.bytes[payload].split_first_chunk_mut() {
             Some((&mut BASIC_DELIVER, arguments)) => mend_texts(arguments, &[0, DELIVERY_TAG_AND_REDELIVERED, 0]),
             Some((&mut BASIC_GET_OK, arguments)) => mend_texts(arguments, &[DELIVERY_TAG_AND_REDELIVERED, 0]),
-            Some((&mut CONNECTION_START, arguments)) => self.greeting.hear(arguments),
+            Some((&mut BASIC_RETURN, arguments)) => self.overheard.returns.note(arguments),
+            Some((&mut CONNECTION_START, arguments)) => self.overheard.greeting.hear(arguments),
             _ => {}
         }
     }
@@ -490,7 +502,7 @@ fn replacement(channel: [u8; 2], payload: &[u8], reason: &str) -> Vec<u8> {
 /// The door of `fuzz/`, a crate of its own: what lapin reads where `stream` is the socket.
 #[cfg(fuzzing)]
 pub fn guarded<S: AsyncRead + Unpin>(stream: S) -> impl AsyncRead + Unpin {
-    Guarded::new(stream, Lifeline::default(), Cork::default(), Allowance::unlimited(), Greeting::default())
+    Guarded::new(stream, Lifeline::default(), Cork::default(), Allowance::unlimited(), Overheard::default())
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 //!
 //! `topology` declares the queues, `consumer` takes requests, a `delivery` is one as it came, `publisher` sends replies
 //! and dead letters, `acknowledger` settles, `frame_guard` keeps odd messages from breaking the connection, `lifeline`
-//! ends one for good, `cork` keeps a batch of replies in one write, `greeting` tells the broker's version, `probe` asks
-//! whether anybody is there. Nothing here decides what becomes of a message. `requester` and `wire` are the other side:
+//! ends one for good, `cork` keeps a batch of replies in one write, `greeting` tells the broker's version, `returns`
+//! what it returned, `probe` asks whether anybody is there. `isolation` is a connection for replies that may break one,
+//! `reply_address` what is known of an address before. Nothing here decides what becomes of a message. `requester` and `wire` are the other side:
 //! the connection of the crate's client, and that of the load generator. `dead_letters` is for a person's hand, `address`
 //! is where the broker is, with TLS and login.
 //!
@@ -18,10 +19,13 @@ pub mod dead_letters;
 pub mod delivery;
 pub mod frame_guard;
 mod greeting;
+pub mod isolation;
 mod lifeline;
 mod probe;
 pub mod publisher;
+pub mod reply_address;
 pub mod requester;
+mod returns;
 pub mod topology;
 pub mod wire;
 
@@ -47,11 +51,11 @@ use address::Address;
 use allowance::Allowance;
 use consumer::Consumer;
 use cork::Cork;
-use frame_guard::{Guarded, GuardedTokio};
-use greeting::Greeting;
+use frame_guard::{Guarded, GuardedTokio, Overheard};
 use lifeline::Owner;
 pub use probe::Probe;
 use publisher::Publisher;
+use returns::Returns;
 use topology::{Names, TopologyError};
 
 /// To connect and log in.
@@ -138,6 +142,39 @@ impl BrokerError {
     fn is_not_found(&self) -> bool {
         self.objection().is_some_and(|(kind, _)| *kind == AMQPSoftError::NOTFOUND)
     }
+
+    /// What the broker closed over something that was published, if it did. Not over a right that is missing, nor because
+    /// it shuts down: what was published is not to blame for that.
+    pub fn closed(&self) -> Option<Closed> {
+        let Cause::Lapin(error) = &self.cause else { return None };
+        match error.kind() {
+            ErrorKind::ProtocolError(error) => match error.kind() {
+                AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED)
+                | AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED) => None,
+                AMQPErrorKind::Soft(_) => Some(Closed::Channel),
+                AMQPErrorKind::Hard(kind) => {
+                    Some(Closed::Connection { is_internal_error: *kind == AMQPHardError::INTERNALERROR })
+                }
+            },
+            // It was closed before this was published.
+            ErrorKind::InvalidChannelState(..) => Some(Closed::Before),
+            _ => None,
+        }
+    }
+}
+
+/// What the broker closed over a publication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    /// The channel.
+    Channel,
+    /// The connection, and all channels with it.
+    Connection {
+        /// 541: RabbitMQ could not decode the address, for instance.
+        is_internal_error: bool,
+    },
+    /// The channel was closed already: this publication was never sent.
+    Before,
 }
 
 /// Whether the other side ended the connection without a word of AMQP.
@@ -194,8 +231,10 @@ async fn within<T>(
 /// Two connections to the broker, since one that is short of memory stops reading from those that publish: over the
 /// other, acknowledgements still go out.
 pub struct Broker {
+    settings: Settings,
     consuming: Link,
     publishing: Link,
+    publisher: Option<Publisher>,
     allowance: Allowance,
     valve: watch::Sender<bool>,
 }
@@ -220,8 +259,10 @@ impl Broker {
     pub async fn connect(settings: &Settings, request_bytes: usize) -> Result<Self, BrokerError> {
         let allowance = Allowance::new(request_bytes);
         Ok(Self {
+            settings: settings.clone(),
             consuming: Link::connect(settings, "composite-start consume", &allowance).await?,
-            publishing: Link::connect(settings, "composite-start publish", &Allowance::unlimited()).await?,
+            publishing: Link::connect(settings, PUBLISHING, &Allowance::unlimited()).await?,
+            publisher: None,
             allowance,
             valve: watch::Sender::new(true),
         })
@@ -239,22 +280,52 @@ impl Broker {
     ///
     /// # Errors
     /// What the broker objects to, or how the connection ended.
-    pub async fn open(&mut self, settings: &Settings) -> Result<(Endpoints, Probe), TopologyError> {
-        let Self { consuming, publishing, allowance, valve } = self;
+    pub async fn open(&mut self) -> Result<(Endpoints, Probe), TopologyError> {
+        let Self { settings, consuming, publishing, publisher, allowance, valve } = self;
         let valve_of_worker = Valve(valve.subscribe());
-        let (connection, cork) = (&publishing.connection, &publishing.cork);
-        let opened = endpoints(&consuming.connection, allowance, connection, cork, valve_of_worker, settings);
+        let Link { connection: consumes, events: consuming, .. } = consuming;
+        let Link { connection: publishes, events: publishing, cork, overheard, .. } = publishing;
+        let opened = endpoints(consumes, allowance, publishes, cork, &overheard.returns, valve_of_worker, settings);
         // What the broker said before it confirmed something is known before that confirmation is acted on.
-        tokio::select! {
+        let (endpoints, probe) = tokio::select! {
             biased;
-            lost = lost(&mut consuming.events, &mut publishing.events, valve) => Err(lost.into()),
-            opened = opened => opened,
-        }
+            lost = lost(consuming, publishing, valve) => return Err(lost.into()),
+            opened = opened => opened?,
+        };
+        *publisher = Some(endpoints.publisher.clone());
+        Ok((endpoints, probe))
     }
 
-    /// Ends when either connection does, with the reason. While it is waited for, the [`Valve`] follows the broker.
+    /// Ends when a connection is lost, with the reason. While it is waited for, the [`Valve`] follows the broker, and what a
+    /// publication breaks is replaced: its channels, or the connection that publishes. Requests in flight stay so.
     pub async fn lost(&mut self) -> BrokerError {
-        lost(&mut self.consuming.events, &mut self.publishing.events, &self.valve).await
+        let Self { settings, consuming, publishing, publisher, valve, .. } = self;
+        let Some(publisher) = publisher else {
+            return lost(&mut consuming.events, &mut publishing.events, valve).await;
+        };
+        loop {
+            let is_closed = tokio::select! {
+                biased;
+                error = follow(&mut consuming.events, CONSUMING_CONNECTION, valve) => return error,
+                error = follow(&mut publishing.events, PUBLISHING_CONNECTION, valve) => match error.closed() {
+                    Some(_) => {
+                        tracing::warn!(cause = %error, "RabbitMQ closed the publishing connection over a message; replacing it");
+                        true
+                    }
+                    None => return error,
+                },
+                () = publisher.is_broken() => false,
+            };
+            publisher.report_connection_closed();
+            let replaced = tokio::select! {
+                biased;
+                error = follow(&mut consuming.events, CONSUMING_CONNECTION, valve) => return error,
+                replaced = replace(settings, publishing, publisher, valve, is_closed) => replaced,
+            };
+            if let Err(error) = replaced {
+                return error;
+            }
+        }
     }
 
     /// Closes both connections in good order, or gives up waiting for that.
@@ -263,27 +334,61 @@ impl Broker {
     }
 }
 
+/// What the connections are called in errors, and the one that publishes on RabbitMQ's own pages.
+const CONSUMING_CONNECTION: &str = "the consuming connection";
+const PUBLISHING_CONNECTION: &str = "the publishing connection";
+const PUBLISHING: &str = "composite-start publish";
+
 async fn endpoints(
     consuming: &Connection,
     allowance: &Allowance,
     publishing: &Connection,
     cork: &Cork,
+    returns: &Returns,
     mut valve: Valve,
     settings: &Settings,
 ) -> Result<(Endpoints, Probe), TopologyError> {
     topology::establish(publishing, settings).await?;
     let names = Names::new(&settings.queue);
-    let publisher = Publisher::open(publishing, cork, &names).await?;
+    let publisher = Publisher::open(publishing, cork, returns, &names).await?;
     publisher.prove(&mut valve).await?;
-    let probe = Probe::open(consuming, publishing, &names.queue).await?;
+    let probe = Probe::open(consuming, &publisher, &names.queue).await?;
     let consumer = Consumer::open(consuming, allowance, &names, settings.prefetch).await?;
     Ok((Endpoints { acknowledger: consumer.acknowledger(), consumer, publisher, valve }, probe))
 }
 
+/// New channels where the connection still gives some, else a new connection with new channels.
+async fn replace(
+    settings: &Settings,
+    link: &mut Link,
+    publisher: &Publisher,
+    valve: &watch::Sender<bool>,
+    is_closed: bool,
+) -> Result<(), BrokerError> {
+    if !is_closed && reopen(link, publisher, valve).await.is_ok() {
+        return Ok(());
+    }
+    // Others hold its cork and listen to what it overhears.
+    let (cork, returns) = (link.cork.clone(), link.overheard.returns.clone());
+    *link = Link::connect_with(settings, PUBLISHING, &Allowance::unlimited(), &cork, &returns).await?;
+    valve.send_replace(true);
+    reopen(link, publisher, valve).await
+}
+
+async fn reopen(link: &mut Link, publisher: &Publisher, valve: &watch::Sender<bool>) -> Result<(), BrokerError> {
+    let Link { connection, events, .. } = link;
+    let mut valve_of_publisher = Valve(valve.subscribe());
+    tokio::select! {
+        biased;
+        error = follow(events, PUBLISHING_CONNECTION, valve) => Err(error),
+        reopened = publisher.reopen(connection, &mut valve_of_publisher) => reopened,
+    }
+}
+
 async fn lost(consuming: &mut Events, publishing: &mut Events, valve: &watch::Sender<bool>) -> BrokerError {
     tokio::select! {
-        error = follow(consuming, "the consuming connection", valve) => error,
-        error = follow(publishing, "the publishing connection", valve) => error,
+        error = follow(consuming, CONSUMING_CONNECTION, valve) => error,
+        error = follow(publishing, PUBLISHING_CONNECTION, valve) => error,
     }
 }
 
@@ -355,13 +460,24 @@ pub(crate) struct Link {
     connection: Connection,
     events: Events,
     cork: Cork,
-    greeting: Greeting,
-    _owner: Owner,
+    overheard: Overheard,
+    owner: Owner,
 }
 
 impl Link {
     /// Connects; `name` is what the broker's own pages call it.
     async fn connect(settings: &Settings, name: &str, allowance: &Allowance) -> Result<Self, BrokerError> {
+        Self::connect_with(settings, name, allowance, &Cork::default(), &Returns::default()).await
+    }
+
+    /// The same for those who hold a cork already, and listen to what is returned.
+    async fn connect_with(
+        settings: &Settings,
+        name: &str,
+        allowance: &Allowance,
+        cork: &Cork,
+        returns: &Returns,
+    ) -> Result<Self, BrokerError> {
         let doing = settings.url.to_string();
         let mut address = Address::read(settings)?;
         address.uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
@@ -369,7 +485,7 @@ impl Link {
             let authority = &address.uri.authority;
             let found = dial::addresses(&authority.host, authority.port).await;
             let found = found.map_err(|error| BrokerError::other(&doing, error.to_string()))?;
-            let attempt = |at| Self::connect_to(&address, at, settings, name, allowance);
+            let attempt = |at| Self::connect_to(&address, at, settings, name, allowance, (cork, returns));
             dial::first_that_works(&found, CONNECT_LIMIT, attempt, BrokerError::is_refused_login).await
         });
         let connected = connected.await.unwrap_or_else(|_| Err(BrokerError::silent(doing, CONNECT_LIMIT)));
@@ -383,13 +499,14 @@ impl Link {
         settings: &Settings,
         name: &str,
         allowance: &Allowance,
+        (cork, returns): (&Cork, &Returns),
     ) -> Result<Self, BrokerError> {
         let address = address.clone();
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let owner = Owner::default();
         let (lifeline, allowance) = (owner.lifeline(), allowance.clone());
-        let (cork, greeting) = (Cork::default(), Greeting::default());
-        let (corked, overheard) = (cork.clone(), greeting.clone());
+        let (cork, overheard) = (cork.clone(), Overheard { returns: returns.clone(), ..Overheard::default() });
+        let (corked, told) = (cork.clone(), overheard.clone());
         let connected = Connection::connector(
             address.uri.clone(),
             GuardedTokio::current(),
@@ -398,13 +515,13 @@ impl Link {
                 // can end it while it has no socket yet.
                 let socket = timeout(CONNECT_LIMIT, address.connect(at)).await.map_err(io::Error::from)??;
                 let (lifeline, cork, allowance) = (lifeline.clone(), corked.clone(), allowance.clone());
-                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline, cork, allowance, overheard.clone())))
+                Ok(AsyncTcpStream::Plain(Guarded::new(socket, lifeline, cork, allowance, told.clone())))
             },
             properties,
         );
         let connection = connected.await.map_err(|error| BrokerError::new(settings.url.to_string(), error))?;
         let events = connection.events_listener().boxed();
-        Ok(Self { address: settings.url.clone(), connection, events, cork, greeting, _owner: owner })
+        Ok(Self { address: settings.url.clone(), connection, events, cork, overheard, owner })
     }
 
     pub(crate) fn connection(&self) -> &Connection {
@@ -412,12 +529,12 @@ impl Link {
     }
 
     fn version(&self) -> Result<Version, TooOld> {
-        RABBITMQ.admit(&self.address, self.greeting.heard())
+        RABBITMQ.admit(&self.address, self.overheard.greeting.heard())
     }
 
     /// Closes it in good order, or gives up waiting for that; either way it is over then.
     pub(crate) async fn close(self) {
-        let Self { connection, _owner, .. } = self;
+        let Self { connection, owner: _owner, .. } = self;
         if let Err(error) = within(CLOSE_LIMIT, "close", connection.close(200, "OK".into())).await {
             tracing::debug!(%error, "a connection did not close in good order");
         }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use lapin::options::{BasicQosOptions, QueueDeclareOptions};
+use lapin::options::QueueDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection};
 
+use super::publisher::Publisher;
 use super::{ANSWER_LIMIT, BrokerError, within};
 
 /// For an answer. One that takes longer is none: whoever asks wants to know how it is now.
@@ -14,19 +15,18 @@ const PROBE_LIMIT: Duration = Duration::from_secs(1);
 /// Asks over both connections, on channels that serve nothing else.
 pub struct Probe {
     consuming: Channel,
-    publishing: Channel,
+    publisher: Publisher,
     queue: ShortString,
 }
 
 impl Probe {
     pub(super) async fn open(
         consuming: &Connection,
-        publishing: &Connection,
+        publisher: &Publisher,
         queue: &ShortString,
     ) -> Result<Self, BrokerError> {
-        let open =
-            async |connection: &Connection| within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await;
-        Ok(Self { consuming: open(consuming).await?, publishing: open(publishing).await?, queue: queue.clone() })
+        let consuming = within(ANSWER_LIMIT, "open a channel", consuming.create_channel()).await?;
+        Ok(Self { consuming, publisher: publisher.clone(), queue: queue.clone() })
     }
 
     /// How many requests wait in the queue, as the broker tells over the connection that consumes.
@@ -38,8 +38,6 @@ impl Probe {
 
     /// Whether the connection that publishes gives an answer.
     pub async fn publish_connection_answers(&self) -> bool {
-        // Says nothing about a channel that consumes nothing, and needs no right.
-        let asked = self.publishing.basic_qos(1, BasicQosOptions::default());
-        within(PROBE_LIMIT, "basic.qos", asked).await.is_ok()
+        self.publisher.answers(PROBE_LIMIT).await
     }
 }

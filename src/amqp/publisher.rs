@@ -1,19 +1,29 @@
 //! Publishes replies and dead letters, and tells what the broker made of each.
 //!
-//! Two channels with confirms on: lapin hands a returned message to whichever confirm comes next on the same channel,
-//! so a reply that nobody took must not look like a dead letter that nobody took. One task publishes, since lapin
-//! numbers confirms and queues frames under two locks.
+//! Two channels with confirms on: a reply that nobody took must not look like a dead letter that nobody took, and a
+//! channel that one of them breaks or blocks must not take the other along. One task publishes, since lapin numbers
+//! confirms and queues frames under two locks.
+//!
+//! A publication may cost the channel (`channel.close`), the connection (`connection.close`), or block the channel's
+//! process in RabbitMQ so that nothing behind it is confirmed. Then the channels are replaced, on a new connection if need
+//! be, while requests go on being taken; who does that is `Broker::lost`.
 
+use std::borrow::Borrow;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, MaybeDone, maybe_done};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::{BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use tokio::sync::watch;
 
 use super::cork::Cork;
 use super::delivery::Delivery;
+use super::reply_address::is_direct;
+use super::returns::Returns;
 use super::topology::Names;
 use super::{ANSWER_LIMIT, BrokerError, Valve, within};
 use crate::reply::{Refusal, Reply};
@@ -22,12 +32,31 @@ use crate::traces::TraceContext;
 /// Headers by which the trace of a request goes on in its reply (W3C Trace Context).
 const TRACE_HEADERS: [&str; 2] = ["traceparent", "tracestate"];
 
-/// Publishes on one connection.
-pub struct Publisher {
+/// Publishes on one connection at a time.
+#[derive(Clone)]
+pub struct Publisher(Arc<Shared>);
+
+struct Shared {
     cork: Cork,
+    returns: Returns,
+    dead_letter_exchange: ShortString,
+    channels: Mutex<Arc<Channels>>,
+    state: watch::Sender<State>,
+}
+
+/// What is published on, until it is replaced. Publications that wait for their confirms keep theirs open.
+struct Channels {
+    generation: u64,
     replies: Channel,
     dead_letters: Channel,
-    dead_letter_exchange: ShortString,
+    /// Serves no messages: asked whether the connection answers.
+    health: Channel,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct State {
+    generation: u64,
+    is_ready: bool,
 }
 
 /// What the broker made of a published message.
@@ -59,10 +88,25 @@ impl<'a, T> Publication<'a, T> {
         Pin::new(&mut self.0).await;
     }
 
+    /// Whether the broker's word is there already.
+    pub fn is_heard(&mut self) -> bool {
+        self.heard().now_or_never().is_some()
+    }
+
+    /// The broker's word, if it is there already.
+    pub fn heard_now(&mut self) -> Option<Result<T, BrokerError>> {
+        self.is_heard().then(|| self.fate_now())
+    }
+
+    /// The broker's word, once it is heard.
+    fn fate_now(&mut self) -> Result<T, BrokerError> {
+        Pin::new(&mut self.0).take_output().expect("it was heard, and is told once")
+    }
+
     /// Waits for the broker's word, and tells it. The caller sets the limit.
     pub async fn fate(mut self) -> Result<T, BrokerError> {
         self.heard().await;
-        Pin::new(&mut self.0).take_output().expect("it was heard, and is told once")
+        self.fate_now()
     }
 }
 
@@ -76,21 +120,172 @@ fn fate(word: lapin::Result<Confirmation>) -> Result<Fate, BrokerError> {
     }
 }
 
+/// A reply on its way.
+pub struct SentReply {
+    publication: Publication<'static>,
+    /// Of the publication, by which a return is told.
+    number: u64,
+    generation: u64,
+}
+
+impl SentReply {
+    /// The broker's word on it.
+    pub fn publication(&mut self) -> &mut Publication<'static> {
+        &mut self.publication
+    }
+
+    /// Waits for the broker's word, and tells it.
+    pub async fn fate(self) -> Result<Fate, BrokerError> {
+        self.publication.fate().await
+    }
+
+    /// The generation of channels that it was published on.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Counts up with each publication.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
+
 impl Publisher {
     /// Opens the channels.
-    pub(super) async fn open(connection: &Connection, cork: &Cork, names: &Names) -> Result<Self, BrokerError> {
-        Ok(Self {
+    pub(super) async fn open(
+        connection: &Connection,
+        cork: &Cork,
+        returns: &Returns,
+        names: &Names,
+    ) -> Result<Self, BrokerError> {
+        let generation = 1;
+        Ok(Self(Arc::new(Shared {
             cork: cork.clone(),
-            replies: confirming_channel(connection).await?,
-            dead_letters: confirming_channel(connection).await?,
+            returns: returns.clone(),
             dead_letter_exchange: names.dead_letter_exchange.clone(),
-        })
+            channels: Mutex::new(Arc::new(Channels::open(connection, generation).await?)),
+            state: watch::Sender::new(State { generation, is_ready: true }),
+        })))
     }
 
     /// Publishes to a queue that does not exist, waits for the broker to say so, and then until it takes more. A broker
     /// that is short of memory or disk blocks a connection at the first content header that comes on it, and still deals
     /// with a message that is whole then: so this one has a body, and comes before requests are taken.
     pub(super) async fn prove(&self, valve: &mut Valve) -> Result<(), BrokerError> {
+        self.channels().prove(valve).await
+    }
+
+    /// Publishes on new channels of this connection from now on.
+    pub(super) async fn reopen(&self, connection: &Connection, valve: &mut Valve) -> Result<(), BrokerError> {
+        let generation = self.channels().generation + 1;
+        let channels = Channels::open(connection, generation).await?;
+        channels.prove(valve).await?;
+        *self.0.channels.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(channels);
+        self.0.state.send_replace(State { generation, is_ready: true });
+        Ok(())
+    }
+
+    /// Tells that the channels of `generation` are closed or blocked; whether that is news. Nothing should be published until
+    /// they are replaced.
+    pub fn report_broken(&self, generation: u64) -> bool {
+        self.0.state.send_if_modified(|state| {
+            let is_news = state.is_ready && state.generation == generation;
+            state.is_ready &= !is_news;
+            is_news
+        })
+    }
+
+    /// The same of the present channels.
+    pub(super) fn report_connection_closed(&self) {
+        self.0.state.send_modify(|state| state.is_ready = false);
+    }
+
+    /// Waits until the channels are reported broken.
+    pub(super) async fn is_broken(&self) {
+        self.waits_for(|state| !state.is_ready).await;
+    }
+
+    /// Waits until nothing needs to be replaced. No limit of its own: either it is replaced, or the session ends.
+    pub async fn is_ready(&self) {
+        self.waits_for(|state| state.is_ready).await;
+    }
+
+    /// Waits until the channels of `generation` are not published on any more.
+    pub async fn is_past(&self, generation: u64) {
+        self.waits_for(|state| state.generation > generation).await;
+    }
+
+    async fn waits_for(&self, condition: impl FnMut(&State) -> bool) {
+        let waited = self.0.state.subscribe().wait_for(condition).await.map(drop);
+        waited.expect("the sender is here");
+    }
+
+    /// Whether the connection gives an answer within `limit`.
+    pub(super) async fn answers(&self, limit: Duration) -> bool {
+        let channels = self.channels();
+        // Says nothing about a channel that consumes nothing, and needs no right.
+        let asked = channels.health.basic_qos(1, BasicQosOptions::default());
+        within(limit, "basic.qos", asked).await.is_ok()
+    }
+
+    /// What is published while the guard is held travels together.
+    pub fn together(&self) -> impl Drop + use<'_> {
+        self.0.cork.put_in()
+    }
+
+    /// Sends `reply` to the reply address of `request`; `None` if it has none. Its trace is `trace`, or else what `request`
+    /// says, right or wrong.
+    pub fn reply(&self, request: &Delivery, reply: &Arc<Reply>, trace: Option<TraceContext>) -> Option<SentReply> {
+        let channels = self.channels();
+        // Before its frames are on their way, and so before it can be returned.
+        let (number, generation) = (self.0.returns.next_number(), channels.generation);
+        let publication = publish_reply(Replies(channels), request, reply, trace)?;
+        Some(SentReply { publication, number, generation })
+    }
+
+    /// Whether the confirmed reply to `address` may have been returned.
+    pub fn may_be_returned(&self, address: &str, number: u64) -> bool {
+        self.0.returns.may_include(address, number)
+    }
+
+    /// Sends a copy of `request` to the dead letters, with the reason in its headers.
+    pub fn dead_letter(&self, request: &Delivery, refusal: &Refusal) -> Publication<'static> {
+        self.dead_letter_with(request, refusal.exception.status(), &refusal.message)
+    }
+
+    /// The same where the request was carried out, and its reply could not be delivered for `reason`.
+    pub fn undeliverable(&self, request: &Delivery, reason: &str) -> Publication<'static> {
+        self.dead_letter_with(request, UNDELIVERABLE_STATUS, reason)
+    }
+
+    fn dead_letter_with(&self, request: &Delivery, status: u16, message: &str) -> Publication<'static> {
+        let mut headers = request.headers().cloned().unwrap_or_default();
+        headers.insert("x-refusal-status".into(), AMQPValue::LongInt(status.into()));
+        headers.insert("x-refusal-message".into(), AMQPValue::LongString(message.into()));
+        let properties = properties_of_a_copy(request.properties()).with_headers(headers);
+        let exchange = self.0.dead_letter_exchange.clone();
+        publish(DeadLetters(self.channels()), exchange, ShortString::default(), request.body().to_vec(), properties)
+    }
+
+    fn channels(&self) -> Arc<Channels> {
+        Arc::clone(&self.0.channels.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// In `x-refusal-status` of a request that was carried out, and whose reply could not be delivered.
+const UNDELIVERABLE_STATUS: u16 = 502;
+
+impl Channels {
+    async fn open(connection: &Connection, generation: u64) -> Result<Self, BrokerError> {
+        Ok(Self {
+            generation,
+            replies: confirming_channel(connection).await?,
+            dead_letters: confirming_channel(connection).await?,
+            health: within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?,
+        })
+    }
+
+    async fn prove(&self, valve: &mut Valve) -> Result<(), BrokerError> {
         let (exchange, nowhere) = (ShortString::default(), ShortString::default());
         let published = publish(&self.replies, exchange, nowhere, vec![0], BasicProperties::default());
         let fate = tokio::select! {
@@ -104,45 +299,63 @@ impl Publisher {
         valve.opens().await;
         Ok(())
     }
+}
 
-    /// What is published while the guard is held travels together.
-    pub fn together(&self) -> impl Drop + use<'_> {
-        self.cork.put_in()
-    }
+/// The channel for replies, kept open by whoever waits for a confirm on it.
+struct Replies(Arc<Channels>);
 
-    /// Sends `reply` to the reply address of `request`; `None` if it has none. Its trace is `trace`, or else what `request`
-    /// says, right or wrong.
-    pub fn reply(&self, request: &Delivery, reply: Reply, trace: Option<TraceContext>) -> Option<Publication<'_>> {
-        let address = request.reply_to()?.clone();
-        let mut headers = FieldTable::default();
-        headers.insert("status".into(), AMQPValue::LongInt(reply.status.into()));
-        if let Some(location) = reply.location {
-            headers.insert("location".into(), AMQPValue::LongString(location.into()));
-        }
-        match trace {
-            Some(trace) => insert_trace(&mut headers, trace),
-            None => carry_on(&mut headers, request.headers()),
-        }
-        let mut properties =
-            BasicProperties::default().with_content_type("application/json".into()).with_headers(headers);
-        if let Some(correlation_id) = request.properties().correlation_id() {
-            properties = properties.with_correlation_id(correlation_id.clone());
-        }
-        if request.is_persistent() {
-            properties = properties.with_delivery_mode(super::delivery::PERSISTENT);
-        }
-        Some(publish(&self.replies, ShortString::default(), address, reply.body.into_bytes(), properties))
+impl Borrow<Channel> for Replies {
+    fn borrow(&self) -> &Channel {
+        &self.0.replies
     }
+}
 
-    /// Sends a copy of `request` to the dead letters, with the reason in its headers.
-    pub fn dead_letter(&self, request: &Delivery, refusal: &Refusal) -> Publication<'_> {
-        let mut headers = request.headers().cloned().unwrap_or_default();
-        headers.insert("x-refusal-status".into(), AMQPValue::LongInt(refusal.exception.status().into()));
-        headers.insert("x-refusal-message".into(), AMQPValue::LongString(refusal.message.as_str().into()));
-        let properties = properties_of_a_copy(request.properties()).with_headers(headers);
-        let body = request.body().to_vec();
-        publish(&self.dead_letters, self.dead_letter_exchange.clone(), ShortString::default(), body, properties)
+/// The same for dead letters.
+struct DeadLetters(Arc<Channels>);
+
+impl Borrow<Channel> for DeadLetters {
+    fn borrow(&self) -> &Channel {
+        &self.0.dead_letters
     }
+}
+
+/// Sends `reply` to the reply address of `request` on `channel`; `None` if it has none.
+pub(super) fn publish_reply(
+    channel: impl Borrow<Channel> + Send + Sync + 'static,
+    request: &Delivery,
+    reply: &Arc<Reply>,
+    trace: Option<TraceContext>,
+) -> Option<Publication<'static>> {
+    /// The body of a reply that others hold too: it may have to be sent again.
+    struct Body(Arc<Reply>);
+    impl AsRef<[u8]> for Body {
+        fn as_ref(&self) -> &[u8] {
+            self.0.body.as_bytes()
+        }
+    }
+    let address = request.reply_to()?.clone();
+    let properties = reply_properties(request, reply, trace);
+    Some(publish(channel, ShortString::default(), address, Body(Arc::clone(reply)), properties))
+}
+
+fn reply_properties(request: &Delivery, reply: &Reply, trace: Option<TraceContext>) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert("status".into(), AMQPValue::LongInt(reply.status.into()));
+    if let Some(location) = &reply.location {
+        headers.insert("location".into(), AMQPValue::LongString(location.as_str().into()));
+    }
+    match trace {
+        Some(trace) => insert_trace(&mut headers, trace),
+        None => carry_on(&mut headers, request.headers()),
+    }
+    let mut properties = BasicProperties::default().with_content_type("application/json".into()).with_headers(headers);
+    if let Some(correlation_id) = request.properties().correlation_id() {
+        properties = properties.with_correlation_id(correlation_id.clone());
+    }
+    if request.is_persistent() {
+        properties = properties.with_delivery_mode(super::delivery::PERSISTENT);
+    }
+    properties
 }
 
 fn insert_trace(headers: &mut FieldTable, trace: TraceContext) {
@@ -193,18 +406,19 @@ pub(super) async fn confirming_channel(connection: &Connection) -> Result<Channe
     Ok(channel)
 }
 
-pub(super) fn publish(
-    channel: &Channel,
+pub(super) fn publish<'a>(
+    channel: impl Borrow<Channel> + Send + Sync + 'a,
     exchange: ShortString,
     routing_key: ShortString,
-    body: Vec<u8>,
+    body: impl AsRef<[u8]> + Send + Sync + 'a,
     properties: BasicProperties,
-) -> Publication<'_> {
+) -> Publication<'a> {
     // The broker returns what goes by direct reply-to even when it has delivered it.
-    let mandatory = !routing_key.as_str().starts_with("amq.rabbitmq.reply-to.");
+    let mandatory = !is_direct(routing_key.as_str());
     let options = BasicPublishOptions { mandatory, ..Default::default() };
     Publication::start(async move {
-        match channel.basic_publish(exchange, routing_key, options, &body, properties).await {
+        let channel: &Channel = channel.borrow();
+        match channel.basic_publish(exchange, routing_key, options, body.as_ref(), properties).await {
             Ok(confirm) => fate(confirm.await),
             Err(error) => fate(Err(error)),
         }

@@ -39,11 +39,9 @@ impl Names {
         Self { queue: name(""), dead_letter_exchange: name(".dlx"), dead_letter_queue: name(".dead") }
     }
 
-    /// Whether replies may go to this queue: not to ours, nor to one that carries the product's name, which is most
-    /// likely that of other workers.
+    /// Whether replies may go to this queue: not to one of ours.
     pub fn may_take_replies(&self, queue: &str) -> bool {
-        let ours = [self.queue.as_str(), self.dead_letter_queue.as_str()];
-        !ours.contains(&queue) && !queue.starts_with("composite.start")
+        ![self.queue.as_str(), self.dead_letter_queue.as_str()].contains(&queue)
     }
 }
 

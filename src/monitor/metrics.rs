@@ -31,13 +31,22 @@ pub enum Outcome {
     DeadLettered,
     /// Our fault: its reply says 500 if it named somebody, and it is a dead letter.
     Failed,
-    /// Its reply or dead letter was not taken: back in the queue.
+    /// Done, and its reply could not be delivered: now a dead letter.
+    Undeliverable,
+    /// Its dead letter was not taken: back in the queue.
     GivenBack,
 }
 
 impl Outcome {
-    const ALL: [Self; 6] =
-        [Self::Answered, Self::Done, Self::Refused, Self::DeadLettered, Self::Failed, Self::GivenBack];
+    const ALL: [Self; 7] = [
+        Self::Answered,
+        Self::Done,
+        Self::Refused,
+        Self::DeadLettered,
+        Self::Failed,
+        Self::Undeliverable,
+        Self::GivenBack,
+    ];
 
     /// The value of the label.
     pub(crate) fn label(self) -> &'static str {
@@ -47,6 +56,7 @@ impl Outcome {
             Self::Refused => "refused",
             Self::DeadLettered => "dead_lettered",
             Self::Failed => "failed",
+            Self::Undeliverable => "undeliverable",
             Self::GivenBack => "given_back",
         }
     }
@@ -97,6 +107,7 @@ pub struct Metrics {
     stage_seconds: [Histogram; Stage::ALL.len()],
     batch_requests: Histogram,
     in_hand: IntGauge,
+    quarantined: IntGauge,
     redeliveries: IntCounter,
     repeats: IntCounter,
     unroutable_replies: IntCounter,
@@ -135,6 +146,8 @@ impl Metrics {
             stage_seconds: Stage::ALL.map(|stage| stages.with_label_values(&[stage.label()])),
             batch_requests: new.histogram("batch_requests", "Requests that were handled together.", &REQUESTS),
             in_hand: new.gauge("in_hand", "Requests taken and not settled."),
+            quarantined: new
+                .gauge("quarantined_replies", "Replies not delivered yet that are tried again apart from others."),
             redeliveries: new.counter("redeliveries_total", "Requests that had been delivered before."),
             repeats: new.counter("repeats_total", "Entries answered as when they came before."),
             unroutable_replies: new.counter("unroutable_replies_total", "Replies whose queue was gone."),
@@ -195,6 +208,10 @@ impl Metrics {
     pub fn redis_error(&self, kind: &str) {
         let kind = ERROR_KINDS.iter().find(|known| **known == kind).unwrap_or(&"other");
         self.redis_errors.with_label_values(&[kind]).inc();
+    }
+
+    pub(crate) fn quarantined(&self) -> &IntGauge {
+        &self.quarantined
     }
 
     pub(crate) fn in_hand(&self) -> &IntGauge {

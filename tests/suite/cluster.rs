@@ -106,6 +106,12 @@ impl Node {
         self.server("start").await;
     }
 
+    /// As the other nodes know it.
+    pub fn nodename(&self) -> String {
+        let port = self.url.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap();
+        format!("cs-{port}@localhost")
+    }
+
     async fn server(&self, doing: &str) {
         let mut command = Command::new(&self.server);
         command.args([doing, &self.name]);

@@ -420,7 +420,11 @@ impl Client {
 
     /// One without a reply queue: replies come straight to the channel on which it sends.
     pub async fn connect_direct(queue: &str) -> Self {
-        Self::replied_to(channel().await, queue, "amq.rabbitmq.reply-to".to_owned()).await
+        Self::connect_direct_on(channel().await, queue).await
+    }
+
+    pub async fn connect_direct_on(channel: Channel, queue: &str) -> Self {
+        Self::replied_to(channel, queue, "amq.rabbitmq.reply-to".to_owned()).await
     }
 
     async fn replied_to(channel: Channel, queue: &str, reply_to: String) -> Self {

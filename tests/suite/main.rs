@@ -43,6 +43,7 @@ mod proxy_tests;
 mod race;
 mod raw_amqp;
 mod refusals;
+mod reply_delivery;
 mod shell_example;
 mod show;
 mod signals;

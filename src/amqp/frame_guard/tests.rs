@@ -87,7 +87,7 @@ fn read_through(bytes: &[u8], sizes: &[usize], out_bytes: usize) -> Vec<u8> {
         Lifeline::default(),
         Cork::default(),
         Allowance::unlimited(),
-        Greeting::default(),
+        Overheard::default(),
     );
     let (mut read, mut out) = (Vec::new(), vec![0; out_bytes]);
     loop {
@@ -288,7 +288,7 @@ fn a_delivery_that_is_cut_short_passes_as_it_came() {
 
 #[test]
 fn what_follows_a_replaced_header_is_read_in_large_pieces_again() {
-    let mut buffer = Buffer::new(Allowance::unlimited(), Greeting::default());
+    let mut buffer = Buffer::new(Allowance::unlimited(), Overheard::default());
     let odd = content_header(flag("headers"), &headers(b"k", &[b"S", &sized(&vec![0; 100_000])[..]].concat()));
     for _ in 0..10 {
         let mut rest = &odd[..];
@@ -429,8 +429,8 @@ fn messages_beyond_the_allowance_are_read_when_those_before_them_are_done_with()
         let allowance = Allowance::new(1000);
         let pieces = [piece];
         let stream = Pieces { bytes: &bytes, sizes: pieces.iter().cycle() };
-        let (cork, greeting) = (Cork::default(), Greeting::default());
-        let mut guarded = Guarded::new(stream, Lifeline::default(), cork, allowance.clone(), greeting);
+        let (cork, overheard) = (Cork::default(), Overheard::default());
+        let mut guarded = Guarded::new(stream, Lifeline::default(), cork, allowance.clone(), overheard);
         let mut read = Vec::new();
         let behind = |count: usize| -> usize { sizes[..count].iter().map(|size| message(*size).len()).sum() };
         // What is behind the last message that was let through: the head of the next one's delivery.
@@ -478,8 +478,8 @@ fn nothing_is_flushed_or_written_while_the_cork_is_in() {
     for told in ["flushed", "written"] {
         let (tell, tells) = std::sync::mpsc::channel();
         let cork = Cork::default();
-        let (allowance, greeting) = (Allowance::unlimited(), Greeting::default());
-        let mut guarded = Guarded::new(Telling(tell), Lifeline::default(), cork.clone(), allowance, greeting);
+        let (allowance, overheard) = (Allowance::unlimited(), Overheard::default());
+        let mut guarded = Guarded::new(Telling(tell), Lifeline::default(), cork.clone(), allowance, overheard);
         let put_in = cork.put_in();
         let writing = std::thread::spawn(move || {
             let (guarded, mut cx) = (Pin::new(&mut guarded), Context::from_waker(noop_waker_ref()));
