@@ -46,7 +46,7 @@ use tokio::time::timeout;
 
 use crate::amqp::BrokerError;
 pub use crate::amqp::requester::{Answer, Queue};
-use crate::amqp::requester::{Outgoing, Requester};
+use crate::amqp::requester::{Outgoing, QueueState, Requester};
 use crate::settings::Amqp as Settings;
 use calls::Calls;
 use carrier::{Connected, carry};
@@ -55,6 +55,9 @@ use carrier::{Connected, carry};
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Calls under way at once, unless the client is built otherwise.
 pub const IN_FLIGHT: usize = 1024;
+
+/// For RabbitMQ to say whether anybody consumes.
+const FRESH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A connection to the broker, and the calls on it. Clones share both; the last one that is dropped ends it.
 ///
@@ -82,6 +85,7 @@ struct Shared {
     in_flight: usize,
     room: Semaphore,
     condition: watch::Sender<Condition>,
+    queue: QueueState,
     /// Why there is no connection, or was none the last time.
     trouble: Mutex<String>,
     reconnects: AtomicU64,
@@ -310,6 +314,7 @@ impl Builder {
             in_flight,
             room: Semaphore::new(in_flight),
             condition: watch::Sender::new(Condition { away_since: Some(Instant::now()), ..Condition::AWAY }),
+            queue: QueueState::default(),
             trouble: Mutex::new(format!("{}: not connected yet", settings.url)),
             reconnects: AtomicU64::new(0),
         });
@@ -368,6 +373,21 @@ impl Client {
     /// How things stand with the broker.
     pub fn condition(&self) -> Condition {
         *self.0.shared.condition.borrow()
+    }
+
+    /// The same, after RabbitMQ was asked for the queue anew; as last known if it does not answer in time.
+    pub async fn fresh_condition(&self) -> Condition {
+        let shared = &self.0.shared;
+        let mut conditions = self.conditions();
+        let asked = async {
+            tokio::select! {
+                queue = shared.queue.ask() => Some(queue),
+                _ = conditions.wait_for(|condition| !condition.connected) => None,
+            }
+        };
+        let queue = timeout(FRESH_LIMIT, asked).await.ok().flatten();
+        let condition = self.condition();
+        Condition { queue: queue.unwrap_or(condition.queue), ..condition }
     }
 
     /// The same, for who waits until it changes.

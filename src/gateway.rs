@@ -1,14 +1,9 @@
 //! The original operation over HTTP, answered by workers over AMQP.
 //!
 //! ```text
-//! HTTP client ──▶ door ──▶ exchange ──▶ client ──▶ RabbitMQ ──▶ worker
-//!                  │ who may come in, and for how long
+//! HTTP client ──▶ http::server ──▶ exchange ──▶ client ──▶ RabbitMQ ──▶ worker
 //! ```
-//!
-//! The door is open to a network. So whoever lets the gateway wait, with a head, a body, or nothing at all, keeps nobody
-//! else out: in need of room, the connection that has waited longest for its client gives way.
 
-mod door;
 mod exchange;
 
 use std::future::Future;
@@ -21,14 +16,18 @@ use tokio::net::TcpListener;
 use tokio::time::interval;
 
 use crate::client::Client;
+use crate::http::server::{Limits, Server};
 use crate::http::{self, ListenError};
 use crate::monitor::gateway::GatewayMonitor;
-use crate::settings::Settings;
-use door::Door;
+use crate::open_files;
+use crate::settings::{Gateway, Settings};
 use exchange::Exchange;
 
 /// How often a sign of life is given.
 const BEAT: Duration = Duration::from_secs(1);
+
+/// File descriptors for everything but HTTP: standard streams, the listeners, RabbitMQ and a reconnect to it, the runtimes.
+const OTHER_FILES: usize = 48;
 
 /// Why a gateway cannot work.
 #[derive(Debug, thiserror::Error)]
@@ -60,9 +59,9 @@ pub async fn run(settings: &Settings, shutdown: impl Future<Output = ()>) -> Res
     let pages = http::serve_gateway(settings, &monitor)?;
     let exchange = Exchange::new(settings, client.clone(), Arc::clone(&monitor));
     tracing::info!(%address, path = exchange.path(), "taking requests");
-    let mut door = Door::new(&settings.gateway, exchange, Arc::clone(&monitor));
+    let mut server = Server::new(limits(&settings.gateway), exchange);
     tokio::select! {
-        never = door.open(&listener) => match never {},
+        never = server.accept(&listener) => match never {},
         never = beat(&monitor) => match never {},
         () = shutdown => {}
     }
@@ -70,11 +69,34 @@ pub async fn run(settings: &Settings, shutdown: impl Future<Output = ()>) -> Res
     drop(listener);
     monitor.drains();
     tracing::info!("stopping: no more requests are taken, those in hand are finished");
-    door.close(Duration::from_millis(settings.gateway.timeout_ms)).await;
+    server.drain(Duration::from_millis(settings.gateway.timeout_ms)).await;
     client.close().await;
     drop(pages);
     tracing::info!("drained");
     Ok(())
+}
+
+/// As set, and no more connections than there are files for: a gateway without a file for RabbitMQ would serve nobody.
+fn limits(settings: &Gateway) -> Limits {
+    let mut limits = Limits {
+        connections: settings.connections,
+        memory_bytes: settings.body_memory_bytes,
+        header_bytes: settings.header_bytes,
+        headers: settings.headers,
+        wait: Duration::from_secs(settings.idle_seconds),
+    };
+    let others = OTHER_FILES + http::PAGES.files();
+    let available = open_files::raise_limit(limits.files() + others);
+    if available < limits.files() + others {
+        let spare = limits.files() - limits.connections;
+        limits.connections = available.saturating_sub(others + spare).max(available / 8).clamp(1, limits.connections);
+        tracing::warn!(
+            connections = limits.connections,
+            open_files = available,
+            "gateway.connections is more than the limit of open files allows; raise that limit (ulimit -Hn)"
+        );
+    }
+    limits
 }
 
 async fn listen(address: &str) -> Result<(TcpListener, SocketAddr), GatewayError> {

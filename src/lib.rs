@@ -36,6 +36,7 @@ pub mod http;
 pub mod identity;
 pub mod lanes;
 pub mod monitor;
+mod open_files;
 mod outage;
 mod pulse;
 pub mod reply;

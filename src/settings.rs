@@ -166,8 +166,6 @@ pub struct Gateway {
     pub header_bytes: usize,
     /// Headers of a request, at most.
     pub headers: usize,
-    /// Requests at once on one connection of HTTP/2, at most.
-    pub streams: u32,
 }
 
 /// `log.*`
@@ -342,8 +340,7 @@ impl Gateway {
         check_range("gateway.body_seconds", self.body_seconds, 1, 3600)?;
         check_range("gateway.body_memory_bytes", self.body_memory_bytes, body_bytes, u32::MAX as usize)?;
         check_range("gateway.header_bytes", self.header_bytes, 8192, 1024 * 1024)?;
-        check_range("gateway.headers", self.headers, 1, 1000)?;
-        check_range("gateway.streams", self.streams, 1, 10_000)
+        check_range("gateway.headers", self.headers, 1, 1000)
     }
 }
 

@@ -3,15 +3,15 @@
 //! RabbitMQ binds that reply address to the channel: with the connection go the replies that are still to come, and who
 //! waits for one must send again. Which calls are open, and what becomes of them, is the business of `client`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::message::Delivery;
 use lapin::options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, Consumer};
-use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
 
 use super::allowance::Allowance;
 use super::cork::Cork;
@@ -24,8 +24,10 @@ use crate::settings::Amqp as Settings;
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 /// Bytes of properties and headers, at most: they travel in one frame, and the broker ends a connection over a larger one.
 const LARGEST_PROPERTIES: usize = 64 * 1024;
-/// How often the broker is asked for the queue.
+/// How often RabbitMQ is asked for the queue.
 const ASKED_EVERY: Duration = Duration::from_secs(1);
+/// Asked for it sooner, it is asked no more often than this, however many ask.
+const ASK_PAUSE: Duration = Duration::from_millis(50);
 
 /// A request as it is sent, as often as it takes.
 #[derive(Debug)]
@@ -99,6 +101,41 @@ pub enum Queue {
     Consumers(u32),
 }
 
+impl Queue {
+    /// Whether a request that is sent now would wait for a worker.
+    pub fn lacks_consumers(self) -> bool {
+        matches!(self, Self::Missing | Self::Consumers(0))
+    }
+}
+
+/// What RabbitMQ knew of the queue when it was asked, and how it is asked sooner than by the clock.
+pub struct QueueState {
+    answer: watch::Sender<(Queue, Option<Instant>)>,
+    ask: Notify,
+}
+
+impl Default for QueueState {
+    fn default() -> Self {
+        Self { answer: watch::Sender::new((Queue::Unknown, None)), ask: Notify::new() }
+    }
+}
+
+impl QueueState {
+    /// The answer to a question that is asked after this call; all that wait share it.
+    pub async fn ask(&self) -> Queue {
+        let now = Instant::now();
+        let mut answers = self.subscribe();
+        self.ask.notify_one();
+        let answer = answers.wait_for(|(_, asked)| asked.is_some_and(|asked| asked >= now)).await;
+        answer.map_or(Queue::Unknown, |answer| answer.0)
+    }
+
+    /// Each answer, and when it was asked for.
+    pub fn subscribe(&self) -> watch::Receiver<(Queue, Option<Instant>)> {
+        self.answer.subscribe()
+    }
+}
+
 /// What the broker made of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Word {
@@ -154,7 +191,7 @@ impl Requester {
     }
 
     /// Ends when the connection does, with the reason. Meanwhile tells what the broker knows of the queue.
-    pub async fn lost(&mut self, queue: &watch::Sender<Queue>) -> BrokerError {
+    pub async fn lost(&mut self, queue: &QueueState) -> BrokerError {
         let valve = self.valve();
         tokio::select! {
             error = follow(&mut self.link.events, "the connection", &self.valve) => error,
@@ -173,20 +210,22 @@ async fn ask_for_the_queue(
     connection: &Connection,
     name: &ShortString,
     mut valve: Valve,
-    queue: &watch::Sender<Queue>,
+    queue: &QueueState,
 ) -> BrokerError {
     let mut channel = None;
     loop {
+        let asked = Instant::now();
         let answer = tokio::select! {
             biased;
             answer = look(connection, name, &mut channel) => answer,
             () = valve.overdue(ANSWER_LIMIT) => return BrokerError::silent("ask for the queue", ANSWER_LIMIT),
         };
         match answer {
-            Ok(answer) => _ = queue.send_replace(answer),
+            Ok(answer) => _ = queue.answer.send_replace((answer, Some(asked))),
             Err(error) => return BrokerError::new("ask for the queue", error),
         }
-        sleep(ASKED_EVERY).await;
+        let _ = timeout(ASKED_EVERY, queue.ask.notified()).await;
+        sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await;
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::time::sleep;
 
 use super::{Condition, NoAnswer, Shared};
 use crate::amqp::BrokerError;
-use crate::amqp::requester::{Queue, Replies, Requester, Requests, Word};
+use crate::amqp::requester::{Replies, Requester, Requests, Word};
 use crate::outage::Outage;
 use crate::retry::Delays;
 use crate::settings::Amqp as Settings;
@@ -70,12 +70,11 @@ async fn session(
     (mut requester, requests, mut replies): Connected,
     mut stop: watch::Receiver<bool>,
 ) -> Option<BrokerError> {
-    let queue = watch::Sender::new(Queue::Unknown);
-    let mut queue_news = queue.subscribe();
+    let mut queue_news = shared.queue.subscribe();
     let mut valve = requester.valve();
     shared.condition.send_replace(Condition { connected: true, takes: true, ..Condition::AWAY });
     let ended = {
-        let mut lost = pin!(requester.lost(&queue));
+        let mut lost = pin!(requester.lost(&shared.queue));
         let mut unconfirmed = FuturesUnordered::new();
         let mut sent_up_to = 0;
         loop {
@@ -105,7 +104,7 @@ async fn session(
                 () = shared.calls.arrive() => {}
                 lost = &mut lost => break Some(lost),
                 Ok(()) = queue_news.changed() => {
-                    let queue = *queue_news.borrow_and_update();
+                    let (queue, _) = *queue_news.borrow_and_update();
                     shared.condition.send_modify(|condition| condition.queue = queue);
                 }
                 () = async { if is_open { valve.shuts().await } else { valve.opens().await } } => {}

@@ -4,18 +4,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Body, Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming, SizeHint};
 use hyper::header::{
     ALLOW, CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER,
 };
-use hyper::{Method, Request, Response, StatusCode, Version};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use hyper::{Method, Request, Response, StatusCode};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use url::Url;
 
-use super::door::Visit;
-use crate::client::{Answer, Call, Client, NoAnswer, Queue};
-use crate::monitor::gateway::GatewayMonitor;
+use crate::client::{Answer, Call, Client, NoAnswer};
+use crate::http::connections::Connection;
+use crate::http::response;
+use crate::http::server::Handler;
+use crate::monitor::gateway::{Closed, GatewayMonitor};
 use crate::settings::Settings;
 
 /// A broker that is away for so long is not waited for: those whose requests are under way already do.
@@ -29,6 +31,8 @@ const CARRIED: [&str; 4] = ["ContactCenterId", "GroupId", "traceparent", "traces
 /// When to ask again, in seconds: workers and broker come back within that, or much later.
 const ASK_AGAIN: HeaderValue = HeaderValue::from_static("1");
 
+const JSON: &str = "application/json";
+
 /// Turns requests into answers.
 pub(super) struct Exchange {
     client: Client,
@@ -37,8 +41,35 @@ pub(super) struct Exchange {
     limit: Duration,
     body_limit: Duration,
     body_bytes: usize,
-    body_memory: Semaphore,
     in_flight: Semaphore,
+}
+
+impl Handler for Exchange {
+    async fn respond(&self, request: Request<Incoming>, connection: &Connection) -> Response<Full<Bytes>> {
+        let begun = Instant::now();
+        let _in_hand = Gauge::up(&self.monitor);
+        let response = match self.exchange(request, connection).await {
+            Ok(answer) => answered(answer),
+            Err(failed) => refused(&failed),
+        };
+        self.monitor.answered(response.status().as_u16(), begun.elapsed());
+        response
+    }
+
+    fn opened(&self) {
+        self.monitor.connections().inc();
+    }
+
+    fn closed(&self, reason: Option<Closed>) {
+        self.monitor.connections().dec();
+        if let Some(reason) = reason {
+            self.monitor.closed(reason);
+        }
+    }
+
+    fn turned_away(&self) {
+        self.monitor.closed(Closed::Refused);
+    }
 }
 
 /// Why a request has no answer of a worker.
@@ -73,7 +104,6 @@ impl Exchange {
             limit: Duration::from_millis(gateway.timeout_ms),
             body_limit: Duration::from_secs(gateway.body_seconds),
             body_bytes: settings.limits.body_bytes,
-            body_memory: Semaphore::new(gateway.body_memory_bytes),
             in_flight: Semaphore::new(gateway.in_flight),
         }
     }
@@ -83,28 +113,19 @@ impl Exchange {
         &self.path
     }
 
-    pub(super) async fn answer(&self, request: Request<Incoming>, visit: &Visit) -> Response<Full<Bytes>> {
-        let begun = Instant::now();
-        let version = request.version();
-        visit.asks(version == Version::HTTP_2);
-        let _in_hand = Gauge::up(&self.monitor);
-        let response = match self.exchange(request, visit).await {
-            Ok(answer) => answered(answer),
-            Err(failed) => refused(&failed, version),
-        };
-        self.monitor.answered(response.status().as_u16(), begun.elapsed());
-        response
-    }
-
-    async fn exchange(&self, request: Request<Incoming>, visit: &Visit) -> Result<Answer, Failed> {
+    async fn exchange(&self, request: Request<Incoming>, connection: &Connection) -> Result<Answer, Failed> {
         self.is_the_operation(&request)?;
         let (head, body) = request.into_parts();
         let headers = Headers::read(&head.headers)?;
-        let (body, _memory) = self.whole(body, visit).await?;
-        let _in_hand = visit.takes_in_hand();
+        // It holds what the connection has buffered.
+        drop(head);
+        let body = self.whole(body, connection).await?;
+        if !connection.enter_flight() {
+            return Err(self.too_slow());
+        }
         let _room =
             self.in_flight.try_acquire().map_err(|_| Failed::unavailable("too many requests: ask again later"))?;
-        self.is_worth_asking()?;
+        self.is_worth_asking().await?;
         self.client.ask(headers.call(body).within(self.limit)).await.map_err(|none| self.no_answer(none))
     }
 
@@ -120,43 +141,45 @@ impl Exchange {
         Ok(())
     }
 
-    /// The body with its share of the memory for bodies, which it gives back when it is answered.
-    async fn whole(&self, body: Incoming, visit: &Visit) -> Result<(Vec<u8>, SemaphorePermit<'_>), Failed> {
-        let announced = body.size_hint().lower();
-        if announced > self.body_bytes as u64 {
-            return Err(self.too_large());
-        }
-        let too_slow = || {
-            let message = format!("body: not there in {} s", self.body_limit.as_secs());
-            Failed::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message)
-        };
-        tokio::select! {
-            biased;
-            read = timeout(self.body_limit, self.read(body)) => read.unwrap_or_else(|_| Err(too_slow())),
-            () = visit.gives_way() => Err(Failed::unavailable("body: too slow for how many connections there are")),
-        }
+    async fn whole(&self, body: Incoming, connection: &Connection) -> Result<Vec<u8>, Failed> {
+        timeout(self.body_limit, self.read(body, connection)).await.unwrap_or_else(|_| Err(self.too_slow()))
     }
 
-    async fn read(&self, mut body: Incoming) -> Result<(Vec<u8>, SemaphorePermit<'_>), Failed> {
+    async fn read(&self, mut body: Incoming, connection: &Connection) -> Result<Vec<u8>, Failed> {
+        let announced = body.size_hint();
+        if announced.lower() > self.body_bytes as u64 {
+            return Err(self.too_large());
+        }
         let mut bytes = Vec::new();
-        let take = |count: usize| {
-            let count = u32::try_from(count).map_err(|_| self.too_large())?;
-            self.body_memory
-                .try_acquire_many(count)
-                .map_err(|_| Failed::unavailable("body: too many bodies at once: ask again later"))
-        };
-        let mut memory = take(0)?;
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|_| Failed::invalid("body: broken off, or not as HTTP has it"))?;
             // Trailers say nothing here.
             let Ok(data) = frame.into_data() else { continue };
-            if bytes.len() + data.len() > self.body_bytes {
+            let length = bytes.len() + data.len();
+            if length > self.body_bytes {
                 return Err(self.too_large());
             }
-            memory.merge(take(data.len())?);
+            // Charged is what is allocated, and no more is allocated than has come, or twice that.
+            let capacity = self.capacity(length, &announced);
+            if length > bytes.capacity() {
+                if !connection.reserve(capacity - bytes.capacity()).await {
+                    return Err(Failed::unavailable("body: too many bodies at once: ask again later"));
+                }
+                bytes.reserve_exact(capacity - bytes.len());
+            }
             bytes.extend_from_slice(&data);
         }
-        Ok((bytes, memory))
+        Ok(bytes)
+    }
+
+    fn capacity(&self, length: usize, announced: &SizeHint) -> usize {
+        let announced = announced.exact().and_then(|exact| usize::try_from(exact).ok());
+        (2 * length).min(announced.unwrap_or(self.body_bytes)).max(length)
+    }
+
+    fn too_slow(&self) -> Failed {
+        let message = format!("body: not there in {} s", self.body_limit.as_secs());
+        Failed::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message)
     }
 
     fn too_large(&self) -> Failed {
@@ -165,15 +188,19 @@ impl Exchange {
     }
 
     /// A request that no worker would get is refused before it is sent: nothing is left of it in the queue.
-    fn is_worth_asking(&self) -> Result<(), Failed> {
-        let condition = self.client.condition();
+    async fn is_worth_asking(&self) -> Result<(), Failed> {
+        let mut condition = self.client.condition();
+        if condition.takes && condition.queue.lacks_consumers() {
+            // That is as of a second ago.
+            condition = self.client.fresh_condition().await;
+        }
         if condition.away_since.is_some_and(|since| since.elapsed() > OUTAGE_PATIENCE) {
             return Err(Failed::unavailable("no broker: ask again later"));
         }
         if condition.connected && !condition.takes {
             return Err(Failed::unavailable("the broker takes nothing: ask again later"));
         }
-        if matches!(condition.queue, Queue::Missing | Queue::Consumers(0)) {
+        if condition.queue.lacks_consumers() {
             return Err(Failed::unavailable("no worker: ask again later"));
         }
         Ok(())
@@ -270,36 +297,29 @@ fn answered(answer: Answer) -> Response<Full<Bytes>> {
     // What is no final status of HTTP is no answer.
     let Some(status) = status.filter(|status| status.as_u16() >= 200) else {
         let failed = Failed::new(StatusCode::BAD_GATEWAY, "BadGateway", "the answer is none of a worker");
-        return refused(&failed, Version::HTTP_11);
+        return refused(&failed);
     };
-    let mut response = json(status, body);
+    let mut response = response(status, JSON, body);
     if let Some(location) = location.and_then(|location| HeaderValue::try_from(location).ok()) {
         response.headers_mut().insert(LOCATION, location);
     }
     response
 }
 
-fn refused(failed: &Failed, version: Version) -> Response<Full<Bytes>> {
+fn refused(failed: &Failed) -> Response<Full<Bytes>> {
     let Failed { status, exception, message } = failed;
     let message = serde_json::Value::from(message.as_str());
-    let mut response = json(*status, format!(r#"{{"message":{message},"exception":"{exception}"}}"#));
+    let mut response = response(*status, JSON, format!(r#"{{"message":{message},"exception":"{exception}"}}"#));
     let headers = response.headers_mut();
     match *status {
         StatusCode::METHOD_NOT_ALLOWED => _ = headers.insert(ALLOW, HeaderValue::from_static("POST")),
         StatusCode::SERVICE_UNAVAILABLE => _ = headers.insert(RETRY_AFTER, ASK_AGAIN),
         // What is left of the body is not read.
-        StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT if version < Version::HTTP_2 => {
+        StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT => {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         _ => {}
     }
-    response
-}
-
-fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::harness::{Space, Worker, amqp_url, body, entry, eventually, redis_url, soon};
 use crate::http::{ANY_PORT, figure, get};
 use crate::observability::promtool;
-use crate::proxy::Proxy;
+use crate::proxy::{Direction, Proxy};
 
 pub(crate) const PATH: &str = "/genesys/1/cs/services_composite/start";
 
@@ -58,7 +58,19 @@ impl Response {
 
 impl Http {
     pub(crate) async fn to(gateway: &Worker) -> Self {
-        Self { stream: TcpStream::connect(address(gateway)).await.unwrap(), unread: Vec::new() }
+        Self::to_address(&address(gateway)).await
+    }
+
+    pub(crate) async fn to_address(address: &str) -> Self {
+        Self { stream: TcpStream::connect(address).await.unwrap(), unread: Vec::new() }
+    }
+
+    /// One whose system takes few bytes that it has not read.
+    pub(crate) async fn with_small_buffer(gateway: &Worker) -> Self {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let stream = socket.connect(address(gateway).parse().unwrap()).await.unwrap();
+        Self { stream, unread: Vec::new() }
     }
 
     pub(crate) async fn write(&mut self, bytes: impl AsRef<[u8]>) {
@@ -255,32 +267,58 @@ async fn a_request_that_nobody_answers_in_time_gets_504_and_its_repeat_the_answe
 }
 
 #[tokio::test]
-async fn one_connection_of_http_2_carries_many_requests_at_once() {
+async fn http_2_without_tls_is_refused_with_400_and_offered_as_an_upgrade_ignored() {
     let space = Space::new();
     let _worker = space.worker().await;
     let gateway = ready_gateway(&space, &[]).await;
-    let stream = TcpStream::connect(address(&gateway)).await.unwrap();
-    let (client, connection) = h2::client::handshake(stream).await.unwrap();
-    let driven = tokio::spawn(connection);
-    let requests = (0..100).map(|n| {
-        let client = client.clone();
-        async move {
-            let mut client = client.ready().await.unwrap();
-            let request = hyper::Request::post(format!("http://cs{PATH}")).body(()).unwrap();
-            let (response, mut body) = client.send_request(request, false).unwrap();
-            body.send_data(customer(&format!("C{n}")).into(), true).unwrap();
-            let mut response = response.await.unwrap();
-            let mut said = Vec::new();
-            while let Some(chunk) = response.body_mut().data().await {
-                said.extend_from_slice(&chunk.unwrap());
-            }
-            assert_eq!(response.status(), 200, "{}", String::from_utf8_lossy(&said));
-            assert!(response.headers().contains_key("location"));
-            serde_json::from_slice::<Value>(&said).unwrap()["services"][0]["service"]["created"] == "true"
+    let settings_frame = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let mut http = Http::to(&gateway).await;
+    http.write([&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings_frame].concat()).await;
+    let refused = http.response().await.unwrap();
+    assert_eq!(refused.refusal(), (400, "InvalidRequest".into()));
+    assert_eq!(refused.json()["message"], "HTTP/2 is not supported: use HTTP/1.1");
+    assert_eq!(http.response().await, None);
+    let upgrade = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABk")];
+    assert_eq!(Http::to(&gateway).await.post(&upgrade, customer("C")).await.created(), "true");
+}
+
+#[tokio::test]
+async fn the_first_request_after_a_worker_consumes_is_answered() {
+    let space = Space::new();
+    let gateway = space.gateway(&[ANY_PORT]).await;
+    let mut http = Http::to(&gateway).await;
+    for n in 0..10 {
+        let is_red = async || (get(&gateway, "/readyz").await.status == 503).then_some(());
+        eventually("a red /readyz", is_red).await;
+        assert_eq!(http.post(&[], customer("nobody")).await.status, 503);
+        let mut worker = space.worker().await;
+        assert_eq!(http.post(&[], customer(&n.to_string())).await.created(), "true", "{n}");
+        assert!(worker.drain().await.success());
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_requests_without_a_worker_is_no_flood_of_questions_to_rabbitmq() {
+    let space = Space::new();
+    let broker = Proxy::open_to(&amqp_url());
+    let mut worker = space.worker().await;
+    let gateway = ready_gateway(&space, &[("amqp.url", &broker.url())]).await;
+    assert!(worker.drain().await.success());
+    let is_red = async || (get(&gateway, "/readyz").await.status == 503).then_some(());
+    eventually("a red /readyz", is_red).await;
+    let sent = || broker.passages().iter().map(|passage| passage.passed(Direction::ToServer)).sum::<u64>();
+    let (begun, before) = (Instant::now(), sent());
+    let flood = (0..64).map(|_| async {
+        let mut http = Http::to(&gateway).await;
+        for _ in 0..30 {
+            let refused = http.post(&[], customer("C")).await;
+            assert_eq!(refused.json()["message"], "no worker: ask again later");
         }
     });
-    assert!(soon("the answers", join_all(requests)).await.into_iter().all(|created| created));
-    driven.abort();
+    join_all(flood).await;
+    // A question has some 60 bytes.
+    let (asked, most) = (sent() - before, 100 * (2 + begun.elapsed().as_millis() / 50));
+    assert!(u128::from(asked) <= most, "{asked} bytes in {:?}", begun.elapsed());
 }
 
 #[tokio::test]

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::io::AsyncWriteExt;
+
 use crate::gateway::{Http, PATH, ready_gateway, request};
 use crate::harness::{Space, Worker, body, entry, eventually, redis_url};
 use crate::http::figure;
@@ -44,10 +46,6 @@ async fn what_is_no_http_gets_400_and_ends_its_own_connection() {
         assert_eq!(status, Some(400), "{}", bytes.escape_ascii());
         assert_eq!(http.response().await, None);
     }
-    // In HTTP/2 it begins well and goes on badly.
-    let mut http = Http::to(&gateway).await;
-    http.write([&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &[0xff; 64]].concat()).await;
-    assert_eq!(http.response().await, None);
     // Two lengths, and a body broken off: whoever hangs up is not answered.
     let mut http = Http::to(&gateway).await;
     http.write(format!("POST {PATH} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n")).await;
@@ -125,6 +123,21 @@ async fn slow_heads_slow_bodies_and_idle_connections_are_ended_in_time() {
     })
     .await;
     assert_answers(&gateway, "C").await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_its_responses_is_closed_in_time_and_the_next_request_is_not_begun() {
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let gateway = ready_gateway(&space, &[("gateway.idle_seconds", "1")]).await;
+    let mut http = Http::with_small_buffer(&gateway).await;
+    let asked = 100_000;
+    // It can be written only as far as the gateway reads.
+    let _ = http.stream.write_all(&b"HEAD / HTTP/1.1\r\n\r\n".repeat(asked)).await;
+    let closed = "composite_start_gateway_closed_total{reason=\"idle\"}";
+    eventually("the close", async || (figure(&gateway, closed).await > 0.5).then_some(())).await;
+    let answered = figure(&gateway, "composite_start_gateway_requests_total{status=\"404\"}").await;
+    assert!(answered > 0.5 && answered < 50_000.0, "{answered}");
 }
 
 #[tokio::test]

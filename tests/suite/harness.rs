@@ -121,10 +121,14 @@ impl Space {
 
     /// Starts a gateway and waits until it takes requests.
     pub async fn gateway(&self, settings: &[(&str, &str)]) -> Worker {
-        let settings = [&[("gateway.listen", "127.0.0.1:0")], settings].concat();
-        let gateway = Worker::start_as("gateway", &self.environment(&settings));
+        let gateway = Worker::start_as("gateway", &self.gateway_environment(settings));
         gateway.says("taking requests address=").await;
         gateway
+    }
+
+    /// The environment of a gateway that takes requests on a port of the system's choice.
+    pub fn gateway_environment(&self, settings: &[(&str, &str)]) -> Vec<(String, String)> {
+        self.environment(&[&[("gateway.listen", "127.0.0.1:0")], settings].concat())
     }
 
     /// Starts a worker into which a fault is put (see `src/fault.rs`), and waits for nothing.
@@ -248,6 +252,13 @@ impl Worker {
     pub fn start_as(command: &str, environment: &[(String, String)]) -> Self {
         let mut program = Command::new(PROGRAM);
         program.arg(command);
+        Self::spawn(program, environment)
+    }
+
+    /// The same with room for so many open files.
+    pub fn start_with_open_files(files: u32, command: &str, environment: &[(String, String)]) -> Self {
+        let mut program = Command::new("sh");
+        program.args(["-c", &format!("ulimit -n {files}; exec {PROGRAM} {command}")]);
         Self::spawn(program, environment)
     }
 

@@ -21,6 +21,7 @@ mod dead_letters;
 mod deployment;
 mod examples;
 mod gateway;
+mod gateway_attacks;
 mod gateway_limits;
 mod harness;
 mod http;
