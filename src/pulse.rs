@@ -9,6 +9,7 @@ use tokio::time::sleep;
 
 use crate::amqp::{Probe, Valve};
 use crate::monitor::LaneMonitor;
+use crate::outage::RedisOutage;
 use crate::store::StoreProbe;
 use crate::worker::InHand;
 
@@ -21,6 +22,7 @@ pub(crate) struct Pulse<'a> {
     pub(crate) broker: &'a Probe,
     pub(crate) valve: Valve,
     pub(crate) in_hand: &'a InHand,
+    pub(crate) redis_outage: &'a RedisOutage,
     pub(crate) monitor: &'a LaneMonitor,
 }
 
@@ -32,11 +34,13 @@ impl Pulse<'_> {
             sleep(INTERVAL).await;
             let is_open = self.valve.is_open();
             let (redis, waiting, publish_connection) = tokio::join!(
-                self.store.answers(),
+                self.store.prove(),
                 self.broker.waiting_requests(),
                 // A broker that blocks reads nothing from this connection.
                 async { is_open.then_some(self.broker.publish_connection_answers().await) },
             );
+            self.redis_outage.probed(redis.as_ref().err());
+            let redis = redis.is_ok();
             self.monitor.health.works(|parts| {
                 parts.redis = redis;
                 parts.consume_connection = waiting.is_ok();

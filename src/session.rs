@@ -15,7 +15,7 @@ use crate::amqp::{Broker, BrokerError, Endpoints, Probe};
 use crate::monitor::LaneMonitor;
 use crate::monitor::health::Parts;
 use crate::monitor::metrics::Server;
-use crate::outage::Outage;
+use crate::outage::{Outage, RedisOutage};
 use crate::pulse::{Pulse, turn};
 use crate::retry::Delays;
 use crate::server_version::{TooOld, Version};
@@ -174,6 +174,7 @@ impl Session {
         let mut broker = Broker::connect(&settings.amqp, request_bytes).await?;
         monitor.health.works(|parts| (parts.consume_connection, parts.publish_connection) = (true, true));
         let rabbitmq = broker.version()?;
+        store.warn_of_risks().await;
         let (endpoints, probe) = broker.open().await?;
         monitor.health.works(|parts| (parts.publishing, parts.consumer) = (true, true));
         Ok(Self { rabbitmq, broker, endpoints, probe })
@@ -187,15 +188,22 @@ impl Session {
         monitor: &LaneMonitor,
         stop: watch::Receiver<bool>,
     ) -> End {
-        let in_hand = InHand::new(monitor);
+        let (in_hand, redis_outage) = (InHand::new(monitor), RedisOutage::new());
         let drain_deadline = async {
             stopped(stop.clone()).await;
             sleep(Duration::from_secs(settings.worker.drain_seconds)).await;
         };
         let Self { mut broker, mut endpoints, probe, .. } = self;
         let valve = endpoints.valve.clone();
-        let pulse = Pulse { store: store.probe(), broker: &probe, valve, in_hand: &in_hand, monitor };
-        let worker = Worker::new(settings, store, &mut endpoints, &in_hand, reputations, monitor);
+        let pulse = Pulse {
+            store: store.probe(),
+            broker: &probe,
+            valve,
+            in_hand: &in_hand,
+            redis_outage: &redis_outage,
+            monitor,
+        };
+        let worker = Worker::new(settings, store, &mut endpoints, &in_hand, reputations, &redis_outage, monitor);
         let end = tokio::select! {
             biased;
             ended = worker.work(stop.clone()) => ended.map_or_else(End::Stopped, |()| End::Drained),
@@ -212,8 +220,9 @@ impl Session {
         broker.close().await;
         drop((endpoints, probe));
         match end {
-            // Told to stop while the connection broke: what was in hand is in the queue again, nothing is left to do.
-            End::Stopped(_) if *stop.borrow() => match in_hand.count() {
+            // Told to stop while the connection broke, or while Redis was unavailable: what was in hand is in the queue
+            // again, nothing is left to do.
+            End::Stopped(stopped) if *stop.borrow() => match in_hand.count() + stopped.requeued() {
                 0 => End::Drained,
                 left => End::NotDrained { left },
             },

@@ -11,26 +11,32 @@
 //! broker. Whatever goes wrong in between ends the session, and the broker hands the request out again. A panic costs
 //! the request that it came from, and no other.
 //!
-//! `intake` decides what is handled next, `settling` is the second half, and in `quarantine` are replies that cannot be
-//! delivered like others, by the `reputation` of their addresses among other things.
+//! `intake` decides what is handled next, `settling` is the second half; `retrying` has what Redis did not take although it
+//! works, and in `quarantine` are replies that cannot be delivered like others, by the `reputation` of their addresses among
+//! other things.
+//!
+//! What is held for the sake of Redis goes back to its queue as a fresh copy, confirmed before the request is acknowledged:
+//! RabbitMQ counts a return for every other way back, and gives a request up after so many of them.
 
 mod intake;
 mod quarantine;
 pub(crate) mod reputation;
+mod retrying;
 mod settling;
 
 use std::collections::hash_map::RandomState;
+use std::convert::Infallible;
 use std::hash::BuildHasher;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, TryFutureExt};
 use prometheus::IntGauge;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error};
 
 use crate::amqp::delivery::Delivery;
 use crate::amqp::publisher::{Publication, Publisher};
@@ -42,17 +48,25 @@ use crate::fault::{self, Point};
 use crate::identity::{RequestDigest, RequestName};
 use crate::monitor::LaneMonitor;
 use crate::monitor::metrics::{self, Stage};
+use crate::outage::RedisOutage;
 use crate::reply::{Exception, Refusal, Reply};
 use crate::request::{Message, Request};
 use crate::retry::Delays;
 use crate::settings::Settings;
 use crate::store::script::Call;
-use crate::store::{EntryFailure, Found, Store, Unavailable};
+use crate::store::{CallError, Found, Store, Unavailable};
 use crate::traces::RequestSpan;
 use intake::{Intake, Taken};
 use quarantine::{Cause, Quarantine};
 use reputation::{Reputations, Route};
+use retrying::{Deferred, NotTaken};
 use settling::{Published, PublishedReply, PublishedRequest, Sent, Settling};
+
+/// With a proof that Redis works before each, so many attempts of a batch that lose the connection or are not answered show
+/// that the batch is to blame.
+const LOST_ATTEMPTS: u32 = 2;
+/// Before the end of a drain, what is still held for Redis is requeued; half the time where there is less than twice this.
+const REQUEUE_TIME: Duration = Duration::from_secs(3);
 
 /// Why a worker stopped although nobody asked it to.
 #[derive(Debug, thiserror::Error)]
@@ -68,21 +82,34 @@ pub enum Stopped {
         /// `worker.hold_seconds`
         held_seconds: u64,
     },
-    /// The store was away for longer than requests are held.
-    #[error("{cause}, for more than {held_seconds} s; the requests in hand go back to the queue")]
+    /// Redis was unavailable for longer than requests are held.
+    #[error("{cause}; held for {held_seconds} s, {requeued} requests are requeued")]
     StoreAway {
         /// What it last said.
         cause: Unavailable,
-        /// `worker.hold_seconds`
+        /// How long they were held.
         held_seconds: u64,
+        /// Requests that went back to the queue, without a return being counted.
+        requeued: usize,
     },
 }
 
-/// How many requests a worker has taken and not settled. One that pauses before it goes back, or whose reply is in
-/// quarantine, counts as settled.
+impl Stopped {
+    /// Requests that went back to the queue in good order.
+    pub(crate) fn requeued(&self) -> usize {
+        match self {
+            Self::StoreAway { requeued, .. } => *requeued,
+            Self::Broker(_) | Self::Blocked { .. } => 0,
+        }
+    }
+}
+
+/// How many requests a worker has taken and not settled. One that pauses before it goes back counts as settled.
 #[derive(Debug)]
 pub struct InHand {
     number: watch::Sender<usize>,
+    /// Those that are retried by themselves: nothing else waits for them.
+    deferred: AtomicUsize,
     taken: AtomicU64,
     /// Of all lanes.
     gauge: IntGauge,
@@ -91,12 +118,17 @@ pub struct InHand {
 impl InHand {
     /// None yet; `monitor` is told of each.
     pub fn new(monitor: &LaneMonitor) -> Self {
-        Self { number: watch::Sender::new(0), taken: AtomicU64::new(0), gauge: monitor.metrics().in_hand().clone() }
+        Self {
+            number: watch::Sender::new(0),
+            deferred: AtomicUsize::new(0),
+            taken: AtomicU64::new(0),
+            gauge: monitor.metrics().in_hand().clone(),
+        }
     }
 
     /// The number now.
     pub fn count(&self) -> usize {
-        *self.number.borrow()
+        *self.number.borrow() + self.deferred.load(Ordering::Relaxed)
     }
 
     /// How many were taken since the beginning.
@@ -110,18 +142,22 @@ impl InHand {
         self.gauge.add(signed(count));
     }
 
-    /// Counts again what counted as settled for a while; it was taken only once.
-    fn readd(&self, count: usize) {
-        self.number.send_modify(|number| *number += count);
-        self.gauge.add(signed(count));
-    }
-
     fn remove(&self, count: usize) {
         self.number.send_modify(|number| *number -= count);
         self.gauge.sub(signed(count));
     }
 
-    /// Waits until there are so few.
+    fn defer(&self, count: usize) {
+        self.deferred.fetch_add(count, Ordering::Relaxed);
+        self.number.send_modify(|number| *number -= count);
+    }
+
+    fn resume(&self, count: usize) {
+        self.number.send_modify(|number| *number += count);
+        self.deferred.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// Waits until there are so few, those that are deferred left out.
     async fn falls_to(&self, count: usize) {
         let fallen = self.number.subscribe().wait_for(|number| *number <= count).await.map(drop);
         fallen.expect("the sender is here");
@@ -146,6 +182,7 @@ pub struct Worker<'a> {
     endpoints: &'a mut Endpoints,
     in_hand: &'a InHand,
     reputations: &'a Reputations,
+    redis_outage: &'a RedisOutage,
     monitor: &'a LaneMonitor,
 }
 
@@ -157,9 +194,10 @@ impl<'a> Worker<'a> {
         endpoints: &'a mut Endpoints,
         in_hand: &'a InHand,
         reputations: &'a Reputations,
+        redis_outage: &'a RedisOutage,
         monitor: &'a LaneMonitor,
     ) -> Self {
-        Self { settings, store, endpoints, in_hand, reputations, monitor }
+        Self { settings, store, endpoints, in_hand, reputations, redis_outage, monitor }
     }
 
     /// Works. When `stop` turns true, takes no more requests and returns once those in hand are settled.
@@ -167,37 +205,47 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// Why it [`Stopped`]; what was not settled goes back to the queue with the connection.
     pub async fn work(self, stop: watch::Receiver<bool>) -> Result<(), Stopped> {
-        let Self { settings, store, endpoints, in_hand, reputations, monitor } = self;
+        let Self { settings, store, endpoints, in_hand, reputations, redis_outage, monitor } = self;
         let Endpoints { consumer, publisher, acknowledger, valve } = endpoints;
         let (published, to_settle) = mpsc::channel(settings.amqp.prefetch.into());
-        // Neither can hold more than the prefetch.
+        let intake = Intake::new(consumer, valve.clone(), stop.clone(), in_hand, settings.amqp.prefetch.into());
+        // None of these ever holds more than the prefetch.
+        let (deferred, to_retry) = mpsc::unbounded_channel();
         let (suspects, to_try) = mpsc::unbounded_channel();
         let (decided, verdicts) = mpsc::unbounded_channel();
-        let intake = Intake::new(consumer, valve.clone(), stop, in_hand, settings.amqp.prefetch.into());
-        let answering = Answering {
+        let mut store_for_retries = store.unconnected();
+        let drain_runs_out = watch::Sender::new(false);
+        let answering = |store| Answering {
             settings,
             store,
             publisher,
             names: Names::new(&settings.amqp.queue),
             numbers: FreshNumbers::new(),
+            in_hand,
             reputations,
+            drain_runs_out: drain_runs_out.subscribe(),
+            redis_outage,
             monitor,
         };
+        let (answering, retrying) = (answering(store), answering(&mut store_for_retries));
         let settling =
             Settling::new(acknowledger, publisher, valve.clone(), in_hand, monitor.metrics(), (suspects, verdicts));
         let quarantine = Quarantine::new(&settings.amqp, reputations, valve.clone(), decided);
         let working = async {
-            tokio::try_join!(
-                answering.answer_all(intake, published),
+            let (ended, (), (), ()) = tokio::try_join!(
+                answering.answer_all(intake, published.clone(), deferred),
+                Box::pin(retrying.retry_all(to_retry, published)),
                 settling.settle_all(to_settle).err_into(),
                 quarantine.run(to_try).map(Ok),
-            )
+            )?;
+            ended.map_or(Ok(()), Err)
         };
         let hold_seconds = settings.worker.hold_seconds;
         let mut valve = valve.clone();
         tokio::select! {
             biased;
-            worked = working => worked.map(drop),
+            worked = working => worked,
+            never = tell_when_it_runs_out(&drain_runs_out, stop, settings.worker.drain_seconds) => match never {},
             () = valve.shut_for(Duration::from_secs(hold_seconds)) => {
                 Err(Stopped::Blocked { held_seconds: hold_seconds })
             }
@@ -205,55 +253,134 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// Turns `runs_out` true shortly before a drain must end.
+async fn tell_when_it_runs_out(
+    runs_out: &watch::Sender<bool>,
+    stop: watch::Receiver<bool>,
+    drain_seconds: u64,
+) -> Infallible {
+    stopped(stop).await;
+    let drain = Duration::from_secs(drain_seconds);
+    sleep(drain.saturating_sub(REQUEUE_TIME.min(drain / 2))).await;
+    runs_out.send_replace(true);
+    std::future::pending().await
+}
+
 /// The first half of a request's way: from delivery to published.
-struct Answering<'a> {
+struct Answering<'a, 's> {
     settings: &'a Settings,
-    store: &'a mut Store,
+    store: &'s mut Store,
     publisher: &'a Publisher,
     names: Names,
     numbers: FreshNumbers,
+    in_hand: &'a InHand,
     reputations: &'a Reputations,
+    /// Turns true when what is still held must be requeued for a drain to end in good order.
+    drain_runs_out: watch::Receiver<bool>,
+    redis_outage: &'a RedisOutage,
     monitor: &'a LaneMonitor,
 }
 
-impl Answering<'_> {
-    async fn answer_all(mut self, mut intake: Intake<'_>, published: mpsc::Sender<Published>) -> Result<(), Stopped> {
-        while let Some(Taken { requests, set_aside }) = intake.next().await? {
+/// What became of a batch.
+struct Answered {
+    requests: Vec<PublishedRequest>,
+    deferred: Vec<Deferred>,
+}
+
+impl Answering<'_, '_> {
+    /// Answers until it is told to stop, or until Redis is unavailable for too long: then everything that was delivered is
+    /// requeued, and why is told when that is on its way.
+    async fn answer_all(
+        mut self,
+        mut intake: Intake<'_>,
+        published: mpsc::Sender<Published>,
+        deferred: mpsc::UnboundedSender<Deferred>,
+    ) -> Result<Option<Stopped>, Stopped> {
+        while let Some(Taken { requests: mut batch, mut set_aside }) = intake.next().await? {
             let taken_at = Instant::now();
-            let requests = self.answer(requests).await?;
+            let answered = match self.answer(&mut batch).await {
+                Ok(answered) => answered,
+                Err(Stopped::StoreAway { cause, held_seconds, .. }) => {
+                    self.publisher.is_ready().await;
+                    let requeued = self.requeue_all(batch, set_aside, intake, &published).await?;
+                    return Ok(Some(Stopped::StoreAway { cause, held_seconds, requeued }));
+                }
+                Err(stopped) => return Err(stopped),
+            };
+            let Answered { requests, deferred: not_taken } = answered;
+            set_aside.extend(not_taken.iter().map(Deferred::tag));
+            self.in_hand.defer(not_taken.len());
             // The other end is gone only when settling has failed, and then this future is dropped too.
             let _ = published.send(Published { requests, set_aside, taken_at, sent_at: Instant::now() }).await;
+            // After that, so that nothing is settled before it is known to be set aside.
+            for one in not_taken {
+                let _ = deferred.send(one);
+            }
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// The way of a batch, in reading order.
-    async fn answer(&mut self, batch: Vec<Delivery>) -> Result<Vec<PublishedRequest>, Stopped> {
+    /// Requeues everything that was delivered, and takes no more; how much it was.
+    async fn requeue_all(
+        &self,
+        batch: Vec<Delivery>,
+        set_aside: Vec<u64>,
+        mut intake: Intake<'_>,
+        published: &mpsc::Sender<Published>,
+    ) -> Result<usize, Stopped> {
+        let cancelling = intake.cancelling();
+        let mut requeued = batch.len();
+        let copying = async {
+            self.requeue(batch, set_aside, published).await;
+            while let Some(rest) = intake.rest().await? {
+                requeued += rest.len();
+                self.requeue(rest, Vec::new(), published).await;
+            }
+            Ok(())
+        };
+        tokio::try_join!(cancelling, copying)?;
+        Ok(requeued)
+    }
+
+    async fn requeue(&self, requests: Vec<Delivery>, set_aside: Vec<u64>, published: &mpsc::Sender<Published>) {
+        let now = Instant::now();
+        let copies = requests.into_iter().map(|delivery| {
+            let copy = self.publisher.requeue(&delivery, &self.names.queue);
+            let (outcome, span) = (metrics::Outcome::Requeued, RequestSpan::default());
+            PublishedRequest { delivery, outcome, reply: None, dead_letter: Some(copy), span }
+        });
+        let requests = copies.collect();
+        let _ = published.send(Published { requests, set_aside, taken_at: now, sent_at: now }).await;
+    }
+
+    /// The way of a batch, in reading order. What is left in it on an error has no outcome.
+    async fn answer(&mut self, batch: &mut Vec<Delivery>) -> Result<Answered, Stopped> {
         let (metrics, mut clock) = (self.monitor.metrics(), StageClock::new());
         metrics.taken(batch.len(), batch.iter().filter(|delivery| delivery.is_redelivered()).count());
-        let mut spans = self.monitor.traces().begin(&batch);
+        let mut spans = self.monitor.traces().begin(batch);
         fault::reached(Point::Received).await;
-        let requests: Vec<_> = batch.iter().map(|delivery| self.parse(delivery)).collect();
+        let numbers: Vec<_> = batch.iter().map(|_| self.numbers.fresh()).collect();
+        let requests = batch.iter().zip(&numbers).map(|(delivery, number)| self.parse(delivery, *number)).collect();
         metrics.passed(Stage::Parse, clock.lap());
         let outcomes = self.outcomes(requests).await?;
         metrics.passed(Stage::Store, clock.lap());
         RequestSpan::stored(&mut spans);
         fault::reached(Point::ScriptAnswered).await;
         self.publisher.is_ready().await;
-        let published = self.end_all(batch, outcomes, spans);
+        let answered = self.end_all(batch.drain(..), outcomes, spans, numbers);
         metrics.passed(Stage::Publish, clock.lap());
         fault::reached(Point::ReplyPublished).await;
-        Ok(published)
+        Ok(answered)
     }
 
     /// What is not a request to be worked on is an outcome already.
-    fn parse<'d>(&mut self, delivery: &'d Delivery) -> Result<Parsed<'d>, Outcome> {
+    fn parse<'d>(&self, delivery: &'d Delivery, number: u64) -> Result<Parsed<'d>, Outcome> {
         let message = delivery.message();
         let parsed = isolated(|| {
             fault::strike(Point::Received, message.body);
             self.check_reply_to(&message)?;
             let request = Request::parse(&message, &self.settings.limits)?;
-            let name = RequestName::new(&message, || self.numbers.fresh());
+            let name = RequestName::new(&message, || number);
             Ok(Parsed { digest: RequestDigest::new(&name, message.body), request, body: message.body })
         });
         match parsed {
@@ -273,8 +400,12 @@ impl Answering<'_> {
         }
     }
 
-    /// All requests at once; after a panic once more, one by one, so that it costs only the one that it comes from.
-    async fn outcomes(&mut self, requests: Vec<Result<Parsed<'_>, Outcome>>) -> Result<Vec<Outcome>, Stopped> {
+    /// All requests at once; after a panic once more, one by one, so that it costs only the one that it comes from. What
+    /// Redis did not take has no outcome.
+    async fn outcomes(
+        &mut self,
+        requests: Vec<Result<Parsed<'_>, Outcome>>,
+    ) -> Result<Vec<Result<Outcome, Unavailable>>, Stopped> {
         let parsed: Vec<_> = requests.iter().filter_map(|request| request.as_ref().ok()).collect();
         let mut worked = match self.work_on(&parsed).await {
             Some(outcomes) => outcomes?,
@@ -283,33 +414,38 @@ impl Answering<'_> {
         .into_iter();
         let outcomes = requests.into_iter().map(|request| match request {
             Ok(_) => worked.next().expect("one outcome a request that was parsed"),
-            Err(outcome) => outcome,
+            Err(outcome) => Ok(outcome),
         });
         Ok(outcomes.collect())
     }
 
-    async fn work_on_each(&mut self, requests: &[&Parsed<'_>]) -> Result<Vec<Outcome>, Stopped> {
+    async fn work_on_each(&mut self, requests: &[&Parsed<'_>]) -> Result<Vec<Result<Outcome, Unavailable>>, Stopped> {
         let mut outcomes = Vec::with_capacity(requests.len());
         for request in requests {
             match self.work_on(&[*request]).await {
                 Some(outcome) => outcomes.append(&mut outcome?),
-                None => outcomes.push(Outcome::panicked()),
+                None => outcomes.push(Ok(Outcome::panicked())),
             }
         }
         Ok(outcomes)
     }
 
     /// One outcome a request, in order; nothing if there was a panic.
-    async fn work_on(&mut self, requests: &[&Parsed<'_>]) -> Option<Result<Vec<Outcome>, Stopped>> {
+    async fn work_on(
+        &mut self,
+        requests: &[&Parsed<'_>],
+    ) -> Option<Result<Vec<Result<Outcome, Unavailable>>, Stopped>> {
         let worked = AssertUnwindSafe(async {
-            let results = self.find_or_create(requests).await?;
+            let calls = self.calls(requests);
+            let results = self.find_or_create_with_retry(&calls).await?;
+            self.count(&calls, &results);
             Ok(outcomes(requests.iter().map(|parsed| parsed.request.entries.len()), results))
         });
         worked.catch_unwind().await.ok()
     }
 
-    /// One result an entry, in order.
-    async fn find_or_create(&mut self, requests: &[&Parsed<'_>]) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
+    /// The calls of these requests, with the index of each.
+    fn calls<'r>(&self, requests: &[&'r Parsed<'_>]) -> Vec<(usize, Call<'r>)> {
         let mut calls = Vec::with_capacity(requests.iter().map(|parsed| parsed.request.entries.len()).sum());
         for (index, Parsed { request, digest, body }) in requests.iter().enumerate() {
             fault::strike(Point::ScriptSent, body);
@@ -317,56 +453,117 @@ impl Answering<'_> {
                 calls.push((index, Call::new(self.store.key_prefix(), &request.tenant, entry, digest.token(position))));
             }
         }
-        self.patiently(&calls).await
+        calls
     }
 
-    /// Holds the calls while the store is away, at most `worker.hold_seconds`: a line in the log when it goes, one when
-    /// it is back.
-    async fn patiently(&mut self, calls: &[(usize, Call<'_>)]) -> Result<Vec<Result<Found, EntryFailure>>, Stopped> {
+    /// Holds the calls while Redis is unavailable, at most `worker.hold_seconds`. One result an entry, in order; what Redis
+    /// does not take although it works has none.
+    async fn find_or_create_with_retry(&mut self, calls: &[(usize, Call<'_>)]) -> Result<Vec<CallResult>, Stopped> {
         if calls.is_empty() {
             return Ok(Vec::new());
         }
         let now = clock::now();
-        let mut delays = Delays::new();
-        let mut held_since: Option<Instant> = None;
+        let (mut delays, mut held_since, mut lost_attempts) = (Delays::new(), None::<Instant>, 0);
         loop {
-            let cause = match self.store.find_or_create(calls, &now).await {
+            let NotTaken { cause, was_proven } = match self.attempt(calls, &now).await {
                 Ok(results) => {
-                    if let Some(since) = held_since {
-                        info!(seconds = since.elapsed().as_secs(), "the store answers again");
-                        self.monitor.health.works(|parts| parts.redis = true);
+                    if held_since.is_some() {
+                        self.release();
                     }
-                    self.count(&results);
                     return Ok(results);
                 }
-                Err(cause) => cause,
+                Err(not_taken) => not_taken,
             };
-            self.monitor.health.works(|parts| parts.redis = false);
-            self.monitor.metrics().redis_error(cause.kind());
-            if held_since.is_none() {
-                warn!(%cause, "the store is away; requests are held and tried again");
+            lost_attempts = if was_proven { lost_attempts + 1 } else { 0 };
+            if lost_attempts == LOST_ATTEMPTS {
+                self.release();
+                return Ok(calls.iter().map(|_| Err(cause.clone().into())).collect());
             }
-            let held_seconds = self.settings.worker.hold_seconds;
-            if held_since.get_or_insert_with(Instant::now).elapsed() >= Duration::from_secs(held_seconds) {
-                return Err(Stopped::StoreAway { cause, held_seconds });
+            self.hold(&cause);
+            let since = *held_since.get_or_insert_with(Instant::now);
+            tokio::select! {
+                () = sleep(delays.next_wait()) => {}
+                () = stopped(self.drain_runs_out.clone()) => {}
             }
-            sleep(delays.next_wait()).await;
-        }
-    }
-
-    fn count(&self, results: &[Result<Found, EntryFailure>]) {
-        for result in results {
-            match result {
-                Ok(found) => self.monitor.metrics().found(found),
-                Err(failure) => self.monitor.metrics().redis_error(failure.kind()),
+            let held = since.elapsed();
+            if *self.drain_runs_out.borrow() || held >= Duration::from_secs(self.settings.worker.hold_seconds) {
+                return Err(Stopped::StoreAway { cause, held_seconds: held.as_secs(), requeued: 0 });
             }
         }
     }
 
-    fn end_all(&self, batch: Vec<Delivery>, outcomes: Vec<Outcome>, spans: Vec<RequestSpan>) -> Vec<PublishedRequest> {
+    /// One attempt, given up when the drain runs out. After calls that Redis did not take it has proven that it works.
+    async fn attempt(&mut self, calls: &[(usize, Call<'_>)], now: &str) -> Result<Vec<CallResult>, NotTaken> {
+        let runs_out = stopped(self.drain_runs_out.clone());
+        let given_up = self.store.given_up();
+        let attempt = async {
+            let unproven = |cause| NotTaken { cause, was_proven: false };
+            let was_proven = !self.store.is_connected();
+            if was_proven {
+                self.store.connect().await.map_err(unproven)?;
+            }
+            let results = self.store.find_or_create(calls, now).await;
+            let results = results.map_err(|cause| NotTaken { cause, was_proven })?;
+            if results.iter().any(|result| matches!(result, Err(CallError::Unavailable(_)))) {
+                self.store.prove().await.map_err(unproven)?;
+            }
+            Ok(results)
+        };
+        tokio::select! {
+            biased;
+            attempted = attempt => attempted,
+            () = runs_out => Err(NotTaken { cause: given_up, was_proven: false }),
+        }
+    }
+
+    fn hold(&self, cause: &Unavailable) {
+        self.monitor.health.works(|parts| parts.redis = false);
+        self.monitor.metrics().redis_error(cause.kind());
+        self.redis_outage.holds_requests(cause);
+    }
+
+    fn release(&self) {
+        self.monitor.health.works(|parts| parts.redis = true);
+        self.redis_outage.works();
+    }
+
+    /// What is deferred is counted when it has an outcome.
+    fn count(&self, calls: &[(usize, Call<'_>)], results: &[CallResult]) {
+        let metrics = self.monitor.metrics();
+        let mut results = results.iter();
+        for request in calls.chunk_by(|(one, _), (other, _)| one == other) {
+            let results: Vec<_> = results.by_ref().take(request.len()).collect();
+            let refusal = results.iter().find_map(|result| match result {
+                Err(CallError::Unavailable(cause)) => Some(cause),
+                _ => None,
+            });
+            match refusal {
+                Some(cause) => metrics.redis_error(cause.kind()),
+                None => results.into_iter().for_each(|result| match result {
+                    Ok(found) => metrics.found(found),
+                    Err(CallError::Failed(failure)) => metrics.redis_error(failure.kind()),
+                    Err(CallError::Unavailable(_)) => {}
+                }),
+            }
+        }
+    }
+
+    fn end_all(
+        &self,
+        batch: impl Iterator<Item = Delivery>,
+        outcomes: Vec<Result<Outcome, Unavailable>>,
+        spans: Vec<RequestSpan>,
+        numbers: Vec<u64>,
+    ) -> Answered {
         let _together = self.publisher.together();
-        let outcomes = batch.into_iter().zip(outcomes).zip(spans);
-        outcomes.map(|((delivery, outcome), span)| self.end(delivery, outcome, span)).collect()
+        let mut answered = Answered { requests: Vec::with_capacity(outcomes.len()), deferred: Vec::new() };
+        for (((delivery, outcome), span), number) in batch.zip(outcomes).zip(spans).zip(numbers) {
+            match outcome {
+                Ok(outcome) => answered.requests.push(self.end(delivery, outcome, span)),
+                Err(cause) => answered.deferred.push(Deferred::new(delivery, number, span, cause)),
+            }
+        }
+        answered
     }
 
     /// What becomes of a request when it has an outcome. A panic on the way makes it one that failed.
@@ -514,22 +711,29 @@ fn isolated<T>(work: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(work)).ok()
 }
 
+/// What became of one call.
+type CallResult = Result<Found, CallError>;
+
 /// Deals the results of a batch out to its requests, which have so many entries each.
-fn outcomes(entries: impl Iterator<Item = usize>, results: Vec<Result<Found, EntryFailure>>) -> Vec<Outcome> {
+fn outcomes(entries: impl Iterator<Item = usize>, results: Vec<CallResult>) -> Vec<Result<Outcome, Unavailable>> {
     let mut results = results.into_iter();
     entries.map(|entries| outcome(results.by_ref().take(entries).collect())).collect()
 }
 
-/// Every entry has run by now, so the first failure speaks for the request.
-fn outcome(entries: Vec<Result<Found, EntryFailure>>) -> Outcome {
-    let mut found = Vec::with_capacity(entries.len());
+/// A request of which Redis did not take every call has no outcome yet. In others the first failure speaks for the request.
+fn outcome(entries: Vec<CallResult>) -> Result<Outcome, Unavailable> {
+    let (mut found, mut failed) = (Vec::with_capacity(entries.len()), None);
     for (index, entry) in entries.into_iter().enumerate() {
         match entry {
             Ok(entry) => found.push(entry),
-            Err(failure) => return Outcome::Failed(Refusal::internal(format!("services[{index}]: {failure}"))),
+            Err(CallError::Failed(failure)) => _ = failed.get_or_insert((index, failure)),
+            Err(CallError::Unavailable(cause)) => return Err(cause),
         }
     }
-    Outcome::Answered(found)
+    Ok(match failed {
+        Some((index, failure)) => Outcome::Failed(Refusal::internal(format!("services[{index}]: {failure}"))),
+        None => Outcome::Answered(found),
+    })
 }
 
 /// Numbers that no other delivery has, here or in another process: a random start, then one by one.
@@ -554,7 +758,7 @@ pub(crate) async fn stopped(mut stop: watch::Receiver<bool>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Object;
+    use crate::store::{EntryFailure, Object};
 
     fn found(id: u64) -> Found {
         let object = Object { id, created: true };
@@ -563,17 +767,30 @@ mod tests {
 
     #[test]
     fn a_failed_entry_costs_its_own_request_and_the_neighbours_keep_their_results() {
-        let failure = || Err(EntryFailure("WRONGTYPE".to_owned()));
-        let results = vec![Ok(found(1)), failure(), Ok(found(3)), failure(), Ok(found(5)), Ok(found(6))];
-        let dealt = outcomes([1, 3, 1, 1].into_iter(), results);
+        let failure = || Err(EntryFailure::WrongType.into());
+        let not_taken = || Err(Unavailable::Away { text: String::new(), kind: "timeout" }.into());
+        let (second, eighth) = (found(2), found(8));
+        let results = vec![
+            Ok(found(1)),
+            failure(),
+            Ok(second),
+            failure(),
+            Ok(found(5)),
+            Ok(found(6)),
+            failure(),
+            not_taken(),
+            Ok(eighth),
+        ];
+        let dealt = outcomes([1, 3, 1, 1, 3].into_iter(), results);
         let described: Vec<_> = dealt
             .iter()
             .map(|outcome| match outcome {
-                Outcome::Answered(found) => found.iter().map(|found| found.service.id.to_string()).collect(),
-                Outcome::Refused(refusal) | Outcome::Failed(refusal) => vec![refusal.message.clone()],
+                Ok(Outcome::Answered(found)) => found.iter().map(|found| found.service.id.to_string()).collect(),
+                Ok(Outcome::Refused(refusal) | Outcome::Failed(refusal)) => vec![refusal.message.clone()],
+                Err(cause) => vec![cause.kind().to_owned()],
             })
             .collect();
-        let failed = "services[0]: WRONGTYPE";
-        assert_eq!(described, [["1"], [failed], ["5"], ["6"]]);
+        let failed = format!("services[0]: {}", EntryFailure::WrongType);
+        assert_eq!(described, [["1"], [&*failed], ["5"], ["6"], ["timeout"]]);
     }
 }

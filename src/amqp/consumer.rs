@@ -72,8 +72,16 @@ impl Consumer {
 
     /// Asks the broker for no more deliveries.
     pub async fn cancel(&self) -> Result<(), BrokerError> {
-        let cancelled = self.channel.basic_cancel(self.stream.get_ref().tag(), BasicCancelOptions::default());
-        within(ANSWER_LIMIT, "basic.cancel", cancelled).await
+        self.cancelling().await
+    }
+
+    /// The same, while deliveries are still taken.
+    pub fn cancelling(&self) -> impl Future<Output = Result<(), BrokerError>> + use<> {
+        let (channel, tag) = (self.channel.clone(), self.stream.get_ref().tag());
+        async move {
+            let cancelled = channel.basic_cancel(tag, BasicCancelOptions::default());
+            within(ANSWER_LIMIT, "basic.cancel", cancelled).await
+        }
     }
 }
 

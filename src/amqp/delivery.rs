@@ -1,12 +1,14 @@
 //! A request as it came: lapin's delivery, seen as a [`Message`].
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use super::allowance::{Allowance, Share};
 use super::frame_guard::UNREADABLE;
+use super::publisher::properties_of_a_copy;
 use crate::request::{Header, Message};
 use crate::traces::TraceHeaders;
 
@@ -19,6 +21,9 @@ pub struct Delivery {
 
 /// The `delivery_mode` of a message that outlives a restart of the broker.
 pub(super) const PERSISTENT: u8 = 2;
+
+/// Headers that a copy in the same queue must not have.
+const NOT_IN_A_COPY: [&str; 4] = ["x-delivery-count", "x-acquired-count", "CC", "BCC"];
 
 /// The door of `fuzz/`.
 #[cfg(fuzzing)]
@@ -104,6 +109,18 @@ impl Delivery {
 
     pub(crate) fn reply_to(&self) -> Option<&ShortString> {
         given(self.properties().reply_to().as_ref())
+    }
+
+    /// The properties of a copy that RabbitMQ takes for a new message: without what it counts, and without more addresses.
+    pub(super) fn properties_when_new(&self) -> BasicProperties {
+        let kept = self.headers().into_iter().flat_map(|table| table.inner().clone());
+        let kept = kept.filter(|(name, _)| !NOT_IN_A_COPY.contains(&name.as_str()));
+        let copy = properties_of_a_copy(self.properties());
+        let copy = copy.with_headers(FieldTable::from(kept.collect::<BTreeMap<_, _>>()));
+        match self.properties().expiration() {
+            Some(expiration) => copy.with_expiration(expiration.clone()),
+            None => copy,
+        }
     }
 
     pub(super) fn is_persistent(&self) -> bool {

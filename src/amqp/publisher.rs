@@ -258,6 +258,12 @@ impl Publisher {
         self.dead_letter_with(request, UNDELIVERABLE_STATUS, reason)
     }
 
+    /// Puts a copy of `request` into `queue`, its own, as if it had never been delivered.
+    pub fn requeue(&self, request: &Delivery, queue: &ShortString) -> Publication<'static> {
+        let (exchange, properties) = (ShortString::default(), request.properties_when_new());
+        publish(DeadLetters(self.channels()), exchange, queue.clone(), request.body().to_vec(), properties)
+    }
+
     fn dead_letter_with(&self, request: &Delivery, status: u16, message: &str) -> Publication<'static> {
         let mut headers = request.headers().cloned().unwrap_or_default();
         headers.insert("x-refusal-status".into(), AMQPValue::LongInt(status.into()));

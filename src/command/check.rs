@@ -44,6 +44,9 @@ pub async fn check(settings: &Settings, output: &mut impl Write) -> Result<(), C
     connected?;
     // Quoted as the settings are: a server may say anything.
     write!(output, "# rabbitmq = {:?}\n# redis = {:?}\n", rabbitmq.as_str(), store.version().as_str())?;
+    for risk in store.risks().await {
+        writeln!(output, "# warning: {risk}")?;
+    }
     output.write_all(settings.to_toml().as_bytes())?;
     Ok(())
 }

@@ -35,10 +35,12 @@ pub enum Outcome {
     Undeliverable,
     /// Its dead letter was not taken: back in the queue.
     GivenBack,
+    /// Redis was unavailable for too long: a fresh copy is in the queue.
+    Requeued,
 }
 
 impl Outcome {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Answered,
         Self::Done,
         Self::Refused,
@@ -46,6 +48,7 @@ impl Outcome {
         Self::Failed,
         Self::Undeliverable,
         Self::GivenBack,
+        Self::Requeued,
     ];
 
     /// The value of the label.
@@ -58,6 +61,7 @@ impl Outcome {
             Self::Failed => "failed",
             Self::Undeliverable => "undeliverable",
             Self::GivenBack => "given_back",
+            Self::Requeued => "requeued",
         }
     }
 }

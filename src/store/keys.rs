@@ -25,14 +25,15 @@ impl Keys {
     }
 }
 
+/// Three keys that no service has, since its tag is no number: `cs:{probe}:seq` and so on. Nothing is ever stored there.
+pub(super) fn probe(prefix: &str) -> Keys {
+    let tag = format!("{prefix}:{{probe}}:");
+    Keys { sequence: [&*tag, SEQUENCE].concat(), ids: [&*tag, IDS].concat(), tree: [&*tag, TREE].concat() }
+}
+
 const SEQUENCE: &str = "seq";
 const IDS: &str = "ids";
 const TREE: &str = "tree:";
-
-/// `cs:{b}:seq`
-pub(super) fn sequence(prefix: &str, bucket: u16) -> String {
-    tag(prefix, bucket) + SEQUENCE
-}
 
 /// `cs:{b}:ids`
 pub(super) fn ids(prefix: &str, bucket: u16) -> String {

@@ -4,17 +4,21 @@
 //! identity and at most one active state and task per type in it, whatever runs beside it and whatever dies. The call
 //! may be repeated at will: the same token gets the same answer.
 //!
-//! `keys` names the keys, `script` holds the script's text and arguments, `lua/find_or_create.lua` is the script, `tree`
-//! reads what it wrote, for a `reader` that writes nothing.
+//! `keys` names the keys, `script` holds the script's text and arguments, `lua/find_or_create.lua` is the script, `proof`
+//! finds out whether it would work now, `failure` sorts what goes wrong, `safekeeping` looks for settings of Redis that
+//! lose records, `tree` reads what the script wrote, for a `reader` that writes nothing.
 
+mod failure;
 pub mod keys;
+mod proof;
 pub mod reader;
+mod safekeeping;
 pub mod script;
 pub mod tree;
 
 use std::collections::HashMap;
-use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
@@ -28,19 +32,20 @@ use redis::{
 };
 use tokio::time::timeout;
 
-use crate::credentials::{Credentials, Identity, below, hint_when_cut_off, hint_when_silent, tls_failure};
+use crate::credentials::{Credentials, Identity, hint_when_cut_off, hint_when_silent};
 use crate::dial;
 use crate::fault::{self, Point};
-use crate::server_version::{Introduction, REDIS, TooOld, Version};
+use crate::server_version::{Introduction, REDIS, Version};
 use crate::settings::{OnFound, Redis as Settings, SecretUrl};
+pub use failure::{CallError, EntryFailure, Unavailable};
+use failure::{Meaning, meaning, was_cut_off};
+pub(crate) use proof::StoreProbe;
 use script::{Call, FIND_OR_CREATE, read_answer};
 
-/// To connect, log in and load the script.
+/// To connect, log in and prove that the script works.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// To answer one pipeline. A call that took longer may still run, and may be repeated.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// For a question that is asked to see whether there is an answer.
-const PROBE_LIMIT: Duration = Duration::from_secs(1);
 /// What was sent and stays unacknowledged this long ends the connection.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Between the probes that find a dead peer where nothing is sent.
@@ -74,58 +79,6 @@ pub struct Object {
     pub created: bool,
 }
 
-/// The store cannot be worked with: the world's fault. Nothing is lost by trying again.
-#[derive(Debug, thiserror::Error)]
-pub enum Unavailable {
-    /// It cannot be reached, or cannot work at present.
-    #[error("{text}")]
-    Away {
-        /// The address and the cause.
-        text: String,
-        /// `connection`, `timeout`, or the server's error code.
-        kind: String,
-    },
-    /// It is there, and only a person can mend that it is too old.
-    #[error(transparent)]
-    TooOld(#[from] TooOld),
-}
-
-impl Unavailable {
-    /// `connection`, `timeout`, or the server's error code.
-    pub fn kind(&self) -> &str {
-        match self {
-            Self::Away { kind, .. } => kind,
-            Self::TooOld(_) => "connection",
-        }
-    }
-
-    fn silent(address: &SecretUrl, limit: Duration) -> Self {
-        Self::Away { text: format!("{address}: no answer in {} s", limit.as_secs()), kind: "timeout".to_owned() }
-    }
-
-    fn with_hint(self, hint: &str) -> Self {
-        match self {
-            Self::Away { text, kind } => Self::Away { text: text + hint, kind },
-            too_old @ Self::TooOld(_) => too_old,
-        }
-    }
-}
-
-/// One entry failed for a reason that trying again does not change; its neighbours are not touched.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct EntryFailure(pub(crate) String);
-
-impl EntryFailure {
-    /// The server's error code, or `data` where the script could not read what it found.
-    pub fn kind(&self) -> &str {
-        match self.0.split(' ').next().unwrap_or_default() {
-            "BADTREE" | "BADSEQUENCE" => "data",
-            code => code,
-        }
-    }
-}
-
 /// The store, and its connection while it has one.
 pub struct Store {
     settings: Settings,
@@ -148,13 +101,31 @@ impl Store {
     /// An address that the client does not take; settings are checked for that before.
     pub fn new(settings: &Settings, on_found: OnFound) -> Result<Self, Unavailable> {
         Ok(Self {
-            info: connection_info(&settings.url).map_err(|error| unavailable(&settings.url, &error))?,
+            info: connection_info(&settings.url).map_err(|error| Unavailable::from_client(&settings.url, &error))?,
             settings: settings.clone(),
             connection: None,
             version: Version::unknown(),
             on_found,
             script: redis::Script::new(FIND_OR_CREATE),
         })
+    }
+
+    /// One for the same server that is not connected.
+    #[must_use]
+    pub fn unconnected(&self) -> Self {
+        Self {
+            settings: self.settings.clone(),
+            info: self.info.clone(),
+            connection: None,
+            version: Version::unknown(),
+            on_found: self.on_found,
+            script: self.script.clone(),
+        }
+    }
+
+    /// That an answer was not waited for any longer.
+    pub(crate) fn given_up(&self) -> Unavailable {
+        Unavailable::connection(&self.settings.url, "no answer before the end of the drain")
     }
 
     /// Begins every key.
@@ -167,8 +138,13 @@ impl Store {
         &self.version
     }
 
-    /// Connects anew, loads the script, and writes nothing: the server is there, takes the login, the script and writes,
-    /// and is not too old. One that is full, a replica, or cannot save to its disk would answer all that reads.
+    /// Whether it has a connection, which was proven to work when it was made.
+    pub fn is_connected(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Connects anew, and has the script itself prove that it would work: that Redis takes the login, the script, and each
+    /// of its commands, and is not too old. Nothing is written.
     ///
     /// # Errors
     /// The store is [`Unavailable`], with its address and the cause.
@@ -186,37 +162,74 @@ impl Store {
         }
     }
 
+    /// Whether the script would work now, on the connection that there is.
+    ///
+    /// # Errors
+    /// Redis is [`Unavailable`].
+    pub async fn prove(&mut self) -> Result<(), Unavailable> {
+        let Some(connection) = &mut self.connection else { return self.connect().await };
+        let proven = timeout(CONNECT_LIMIT, proof::prove(connection, &self.settings, &self.script)).await;
+        let proven = proven.unwrap_or_else(|_| Err(Unavailable::silent(&self.settings.url, CONNECT_LIMIT)));
+        proven.inspect_err(|_| self.connection = None)
+    }
+
+    /// Logs what in the settings of Redis may lose records, once for the process.
+    pub(crate) async fn warn_of_risks(&mut self) {
+        static WARNED: AtomicBool = AtomicBool::new(false);
+        if !WARNED.swap(true, Ordering::Relaxed) {
+            for cause in self.risks().await {
+                tracing::warn!(%cause, "records may be lost");
+            }
+        }
+    }
+
+    /// What in the settings of Redis may lose records, as far as the login may see them.
+    pub async fn risks(&mut self) -> Vec<safekeeping::Risk> {
+        let Some(connection) = &mut self.connection else { return Vec::new() };
+        timeout(CONNECT_LIMIT, safekeeping::risks(connection)).await.unwrap_or_default()
+    }
+
     /// The caller sets the limit.
     async fn connection_that_works(&self) -> Result<(MultiplexedConnection, Version), Unavailable> {
         let url = &self.settings.url;
-        let unavailable = |error| {
+        let unavailable = |error: redis::RedisError| {
             let hint = if was_cut_off(&error) { hint_when_cut_off(url) } else { "" };
-            unavailable(url, &error).with_hint(hint)
+            Unavailable::from_client(url, &error).with_hint(hint)
         };
         let client = client(&self.settings, &self.info)?;
         let connection = connected(&client).await;
         let mut connection = connection.map_err(unavailable)?;
         // Before anything that an old server might fail at.
         let version = REDIS.admit(url, introduction(&mut connection).await.as_ref())?;
-        self.script.load_async(&mut connection).await.map_err(unavailable)?;
-        prove_writable(&mut connection, &self.settings.key_prefix).await.map_err(unavailable)?;
+        proof::prove_all(&mut connection, &self.settings, &self.script).await?;
         Ok((connection, version))
     }
 
     /// Finds or creates what each call asks for: one result a call, in order.
     ///
     /// `calls` are those of a whole batch: `request` tells which request each belongs to, in order. Calls of one
-    /// request on one tree run one after the other; all others may run in any order.
+    /// request on one tree run one after the other; all others may run in any order. Where Redis does not take a call of
+    /// a request, those behind it are not made.
     ///
     /// # Errors
-    /// The store is [`Unavailable`]. Some calls may have run: the whole may be repeated, and gets the same answers.
+    /// Redis is [`Unavailable`] altogether. Some calls may have run: the whole may be repeated, and gets the same answers.
     pub async fn find_or_create(
         &mut self,
         calls: &[(usize, Call<'_>)],
         now: &str,
-    ) -> Result<Vec<Result<Found, EntryFailure>>, Unavailable> {
+    ) -> Result<Vec<Result<Found, CallError>>, Unavailable> {
         let mut results = Vec::with_capacity(calls.len());
-        for round in rounds(calls) {
+        let mut stopped: HashMap<usize, Unavailable> = HashMap::new();
+        for mut round in rounds(calls) {
+            if !stopped.is_empty() {
+                round.retain(|index| match stopped.get(&calls[*index].0) {
+                    Some(cause) => {
+                        results.push((*index, Err(cause.clone().into())));
+                        false
+                    }
+                    None => true,
+                });
+            }
             if self.connection.is_none() {
                 self.connect().await?;
             }
@@ -227,7 +240,13 @@ impl Store {
                 .try_collect()
                 .await;
             // Whatever went wrong: the next call makes a new connection.
-            results.extend(answered.inspect_err(|_| self.connection = None)?.into_iter().flatten());
+            let answered = answered.inspect_err(|_| self.connection = None)?;
+            for (index, result) in answered.into_iter().flatten() {
+                if let Err(CallError::Unavailable(cause)) = &result {
+                    stopped.insert(calls[index].0, cause.clone());
+                }
+                results.push((index, result));
+            }
         }
         // Every call was in exactly one round.
         results.sort_unstable_by_key(|(index, _)| *index);
@@ -263,12 +282,12 @@ impl Store {
         part: Part,
         calls: &[(usize, Call<'_>)],
         now: &str,
-    ) -> Result<Vec<(usize, Result<Found, EntryFailure>)>, Unavailable> {
+    ) -> Result<Vec<(usize, Result<Found, CallError>)>, Unavailable> {
         let answers = self.send(&mut connection, &part.pipeline).await?;
         let mut results = Vec::with_capacity(answers.len());
         let mut forgotten = Part::default();
         for (index, answer) in part.indices.into_iter().zip(&answers) {
-            match self.sort(answer)? {
+            match self.sort(answer) {
                 Answer::Result(result) => results.push((index, result)),
                 Answer::ScriptForgotten => {
                     forgotten.push(index, calls[index].1.command("EVAL", FIND_OR_CREATE, self.on_found, now), 0);
@@ -278,9 +297,12 @@ impl Store {
         if !forgotten.indices.is_empty() {
             let answers = self.send(&mut connection, &forgotten.pipeline).await?;
             for (index, answer) in forgotten.indices.into_iter().zip(&answers) {
-                match self.sort(answer)? {
+                match self.sort(answer) {
                     Answer::Result(result) => results.push((index, result)),
-                    Answer::ScriptForgotten => return Err(self.strange("NOSCRIPT to an EVAL")),
+                    Answer::ScriptForgotten => {
+                        let cause = Unavailable::strange(&self.settings.url, "NOSCRIPT to an EVAL");
+                        results.push((index, Err(cause.into())));
+                    }
                 }
             }
         }
@@ -298,27 +320,20 @@ impl Store {
         let (sent, ()) = tokio::join!(sent, fault::reached(Point::ScriptSent));
         match sent {
             Ok(Ok(answers)) if answers.len() == pipeline.len() => Ok(answers),
-            Ok(Ok(_)) => Err(self.strange("another number of answers than calls")),
-            Ok(Err(error)) => Err(unavailable(&self.settings.url, &error)),
+            Ok(Ok(_)) => Err(Unavailable::strange(&self.settings.url, "another number of answers than calls")),
+            Ok(Err(error)) => Err(Unavailable::from_client(&self.settings.url, &error)),
             Err(_) => Err(self.silent(ANSWER_LIMIT)),
         }
     }
 
-    /// The one place where an answer of the server becomes what happens next.
-    fn sort(&self, answer: &Value) -> Result<Answer, Unavailable> {
+    fn sort(&self, answer: &Value) -> Answer {
         let Value::ServerError(error) = answer else {
-            let failure = || EntryFailure("the script gave an answer it never gives".to_owned());
-            return Ok(Answer::Result(read_answer(answer).ok_or_else(failure)));
+            return Answer::Result(read_answer(answer).ok_or(EntryFailure::Script.into()));
         };
-        match unwrapped(error.code(), error.details().unwrap_or_default()) {
-            ("NOSCRIPT", _) => Ok(Answer::ScriptForgotten),
-            (code, details) => {
-                let text = format!("{code} {details}");
-                if is_the_worlds_fault(code, details) {
-                    return Err(self.strange(&text));
-                }
-                Ok(Answer::Result(Err(EntryFailure(text))))
-            }
+        match meaning(&self.settings.url, error.code(), error.details().unwrap_or_default()) {
+            Meaning::ScriptForgotten => Answer::ScriptForgotten,
+            Meaning::Failed(failure) => Answer::Result(Err(failure.into())),
+            Meaning::Unavailable(cause) => Answer::Result(Err(cause.into())),
         }
     }
 
@@ -326,48 +341,9 @@ impl Store {
         Unavailable::silent(&self.settings.url, limit)
     }
 
-    fn strange(&self, what: &str) -> Unavailable {
-        let kind = what.split(' ').next().unwrap_or_default().to_owned();
-        Unavailable::Away { text: format!("{}: {}", self.settings.url, what.trim_end()), kind }
-    }
-
     /// What asks the same server, over a connection of its own.
     pub(crate) fn probe(&self) -> StoreProbe {
-        StoreProbe { settings: self.settings.clone(), info: self.info.clone(), connection: None }
-    }
-}
-
-/// A write command for the server, which writes nothing: an empty text over a key that stays as it is.
-async fn prove_writable(connection: &mut MultiplexedConnection, key_prefix: &str) -> redis::RedisResult<()> {
-    redis::cmd("SETRANGE").arg(keys::sequence(key_prefix, 0)).arg(0).arg("").exec_async(connection).await
-}
-
-/// Asks the server whether it takes writes, and nothing else.
-pub(crate) struct StoreProbe {
-    settings: Settings,
-    info: ConnectionInfo,
-    connection: Option<MultiplexedConnection>,
-}
-
-impl StoreProbe {
-    /// Whether it says so within [`PROBE_LIMIT`].
-    pub(crate) async fn answers(&mut self) -> bool {
-        let Self { settings, info, connection } = self;
-        let asked = timeout(PROBE_LIMIT, async {
-            let connection = match connection {
-                Some(connection) => connection,
-                none => {
-                    let client = client(settings, info).ok()?;
-                    none.insert(connected(&client).await.ok()?)
-                }
-            };
-            prove_writable(connection, &settings.key_prefix).await.ok()
-        });
-        let answers = matches!(asked.await, Ok(Some(())));
-        if !answers {
-            self.connection = None;
-        }
-        answers
+        StoreProbe::new(self.settings.clone(), self.info.clone(), self.script.clone())
     }
 }
 
@@ -382,7 +358,7 @@ async fn connected(client: &Client) -> redis::RedisResult<MultiplexedConnection>
         let config = no_limits().set_dns_resolver(Only(address));
         client.get_multiplexed_async_connection_with_config(&config).await
     };
-    dial::first_that_works(&addresses, CONNECT_LIMIT, attempt, |error| !hint_when_refused(error).is_empty()).await
+    dial::first_that_works(&addresses, CONNECT_LIMIT, attempt, is_login_refused).await
 }
 
 /// The one address that the client is to try. It asks by name, and checks the server's certificate for that name.
@@ -425,7 +401,7 @@ impl Part {
 }
 
 enum Answer {
-    Result(Result<Found, EntryFailure>),
+    Result(Result<Found, CallError>),
     ScriptForgotten,
 }
 
@@ -454,43 +430,6 @@ fn rounds(calls: &[(usize, Call<'_>)]) -> Vec<Vec<usize>> {
     rounds
 }
 
-/// What went wrong in the script, of which Redis 6.2 says: `ERR Error running script (call to f_…): @user_script:93:
-/// @user_script: 93: -OOM command not allowed …`.
-fn unwrapped<'a>(code: &'a str, details: &'a str) -> (&'a str, &'a str) {
-    let behind_the_script = details.strip_prefix("Error running script ").and_then(|rest| {
-        let (_, line_and_error) = rest.split_once(": @user_script: ")?;
-        line_and_error.split_once(": ").map(|(_, error)| error)
-    });
-    let Some(error) = behind_the_script else { return (code, details) };
-    error.strip_prefix('-').and_then(|error| error.split_once(' ')).unwrap_or((code, error))
-}
-
-/// Errors that say the server cannot work now or not for us, whatever we ask: waiting, or an operator, mends them.
-fn is_the_worlds_fault(code: &str, details: &str) -> bool {
-    /// What a login may not do inside a script has no code of its own: Redis 7.0, and later ones.
-    const FORBIDDEN_IN_SCRIPT: [&str; 2] = ["The user executing the script can't ", "ACL failure in script"];
-    let is_forbidden = || FORBIDDEN_IN_SCRIPT.iter().any(|start| details.starts_with(start));
-    (code == "ERR" && is_forbidden())
-        || matches!(
-            code,
-            "LOADING"
-                | "READONLY"
-                | "MASTERDOWN"
-                | "CLUSTERDOWN"
-                | "TRYAGAIN"
-                | "MOVED"
-                | "ASK"
-                | "BUSY"
-                | "OOM"
-                | "MISCONF"
-                | "NOREPLICAS"
-                | "NOAUTH"
-                | "NOPERM"
-                | "WRONGPASS"
-                | "UNKILLABLE"
-        )
-}
-
 /// Size of an argument as it is sent, roughly.
 fn argument_bytes(argument: &redis::Arg<&[u8]>) -> usize {
     /// `$1234\r\n` and `\r\n`
@@ -508,19 +447,11 @@ fn connection_info(url: &SecretUrl) -> redis::RedisResult<ConnectionInfo> {
     Ok(info.set_tcp_settings(tcp).set_redis_settings(redis))
 }
 
-/// Whether the server ended the connection; the client calls it dropped, too, where there never was one.
-fn was_cut_off(error: &redis::RedisError) -> bool {
-    let never_was = |error: &io::Error| matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound);
-    error.is_connection_dropped() && !below(error).is_some_and(never_was)
-}
-
 /// For the address, with what the files hold now.
 fn client(settings: &Settings, info: &ConnectionInfo) -> Result<Client, Unavailable> {
-    let credentials = settings.files().read().map_err(|error| {
-        let text = format!("{}: {error}", settings.url);
-        Unavailable::Away { text, kind: "connection".to_owned() }
-    })?;
-    client_with(credentials, info.clone()).map_err(|error| unavailable(&settings.url, &error))
+    let url = &settings.url;
+    let credentials = settings.files().read().map_err(|error| Unavailable::connection(url, error))?;
+    client_with(credentials, info.clone()).map_err(|error| Unavailable::from_client(url, &error))
 }
 
 fn client_with(credentials: Credentials, mut info: ConnectionInfo) -> redis::RedisResult<Client> {
@@ -546,27 +477,10 @@ async fn introduction(connection: &mut MultiplexedConnection) -> Option<Introduc
     Some(Introduction { product: text("server")?, version: text("version")? })
 }
 
-fn unavailable(address: &SecretUrl, error: &redis::RedisError) -> Unavailable {
-    if error.kind() == redis::ErrorKind::RESP3NotSupported {
-        return REDIS.too_old(address, "before 6.0").into();
-    }
-    let text = tls_failure(error, "redis").unwrap_or_else(|| error.to_string());
-    let kind = error.code().unwrap_or("connection").to_owned();
-    let hint = hint_when_refused(error);
-    Unavailable::Away { text: format!("{address}: {}{hint}", text.lines().next().unwrap_or_default()), kind }
-}
-
-/// Which settings to look at when Redis does not let us in.
-fn hint_when_refused(error: &redis::RedisError) -> &'static str {
-    match error.code() {
-        Some("NOAUTH") => ": set the password in redis.url, or redis.password_file",
-        Some("WRONGPASS") => ": set the right user and password in redis.url, or the password in redis.password_file",
-        Some("NOPERM") => ": give the user of redis.url the rights that SECURITY.md lists",
-        _ if error.kind() == redis::ErrorKind::AuthenticationFailed => {
-            ": set the right user and password in redis.url, or the password in redis.password_file"
-        }
-        _ => "",
-    }
+/// Whether the login is refused: no other address of the same host would take it.
+fn is_login_refused(error: &redis::RedisError) -> bool {
+    error.kind() == redis::ErrorKind::AuthenticationFailed
+        || error.code().is_some_and(|code| ["NOAUTH", "WRONGPASS", "NOPERM"].contains(&code))
 }
 
 #[cfg(test)]
@@ -612,32 +526,5 @@ mod tests {
         let large = |share: usize| entry("A", "x".repeat(PIPELINE_BYTES / share).leak());
         assert_eq!(sizes(&large(3), 5), [2, 2, 1]);
         assert_eq!(sizes(&large(1), 2), [1, 1]);
-    }
-
-    #[test]
-    fn an_error_in_the_script_is_the_same_whether_redis_wraps_it_or_not() {
-        let wrapped = |error: &str| format!("Error running script (call to f_e6): @user_script:9: {error}");
-        let unwrapped = |details: &str| {
-            let (code, details) = unwrapped("ERR", details);
-            (code.to_owned(), details.to_owned())
-        };
-        let expected = |code: &str, details: &str| (code.to_owned(), details.to_owned());
-        let aof = "Errors writing to the AOF file: No space left on device";
-        assert_eq!(unwrapped(&wrapped(&format!("@user_script: 9: -MISCONF {aof}"))), expected("MISCONF", aof));
-        let acl = "The user executing the script can't run this command or subcommand";
-        assert_eq!(unwrapped(&wrapped(&format!("@user_script: 9: {acl}"))), expected("ERR", acl));
-        for details in [&*wrapped("WRONGTYPE Operation against a key"), "value is not an integer", ""] {
-            assert_eq!(unwrapped(details), expected("ERR", details));
-        }
-    }
-
-    #[test]
-    fn an_error_is_the_worlds_fault_or_the_entrys() {
-        let details_of_7_0 = "The user executing the script can't run this command or subcommand script: 94";
-        let details_of_7_2 = "ACL failure in script: User x has no permissions to run the 'hset' command";
-        let worlds = [("OOM", "command not allowed"), ("ERR", details_of_7_0), ("ERR", details_of_7_2), ("NOPERM", "")];
-        assert!(worlds.iter().all(|(code, details)| is_the_worlds_fault(code, details)));
-        let entrys = [("ERR", "value is not an integer"), ("WRONGTYPE", "Operation"), ("BADTREE", "the pointer")];
-        assert!(!entrys.iter().any(|(code, details)| is_the_worlds_fault(code, details)));
     }
 }

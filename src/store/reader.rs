@@ -7,9 +7,7 @@ use redis::{Cmd, FromRedisValue};
 use tokio::time::timeout;
 
 use super::keys::{self, Keys};
-use super::{
-    ANSWER_LIMIT, CONNECT_LIMIT, Unavailable, client, connected, connection_info, hint_when_silent, tree, unavailable,
-};
+use super::{ANSWER_LIMIT, CONNECT_LIMIT, Unavailable, client, connected, connection_info, hint_when_silent, tree};
 use crate::identity::{BUCKETS, Identity};
 use crate::settings::Redis as Settings;
 
@@ -49,11 +47,11 @@ impl Reader {
     /// The address and the cause.
     pub async fn connect(settings: &Settings) -> Result<Self, Unavailable> {
         let url = &settings.url;
-        let info = connection_info(url).map_err(|error| unavailable(url, &error))?;
+        let info = connection_info(url).map_err(|error| Unavailable::from_client(url, &error))?;
         let client = client(settings, &info)?;
         match timeout(CONNECT_LIMIT, connected(&client)).await {
             Ok(Ok(connection)) => Ok(Self { settings: settings.clone(), connection }),
-            Ok(Err(error)) => Err(unavailable(url, &error)),
+            Ok(Err(error)) => Err(Unavailable::from_client(url, &error)),
             Err(_) => Err(Unavailable::silent(url, CONNECT_LIMIT).with_hint(hint_when_silent(url))),
         }
     }
@@ -102,7 +100,7 @@ impl Reader {
             Ok(Err(error)) if error.code() == Some("WRONGTYPE") || error.kind() == redis::ErrorKind::Parse => {
                 Err(ReadError::Damaged { key: key.to_owned() })
             }
-            Ok(Err(error)) => Err(unavailable(url, &error).into()),
+            Ok(Err(error)) => Err(Unavailable::from_client(url, &error).into()),
             Err(_) => Err(Unavailable::silent(url, ANSWER_LIMIT).into()),
         }
     }

@@ -120,6 +120,27 @@ impl<'a> Intake<'a> {
         }
     }
 
+    /// Takes no more: asks RabbitMQ for no more deliveries.
+    pub(super) fn cancelling(&mut self) -> impl Future<Output = Result<(), Stopped>> + use<> {
+        let cancelling = (!std::mem::replace(&mut self.is_cancelled, true)).then(|| self.consumer.cancelling());
+        async move {
+            match cancelling {
+                Some(cancelling) => Ok(cancelling.await?),
+                None => Ok(()),
+            }
+        }
+    }
+
+    /// What was delivered and not handled, until nothing is left: after [`Intake::cancelling`].
+    pub(super) async fn rest(&mut self) -> Result<Option<Vec<Delivery>>, Stopped> {
+        if !self.suspects.is_empty() {
+            return Ok(Some(std::mem::take(&mut self.suspects)));
+        }
+        let rest = self.consumer.next_batch(self.prefetch).await?;
+        self.in_hand.add(rest.as_ref().map_or(0, Vec::len));
+        Ok(rest)
+    }
+
     async fn cancel(&mut self) -> Result<(), Stopped> {
         self.is_cancelled = true;
         Ok(self.consumer.cancel().await?)

@@ -113,7 +113,6 @@ struct DeadLettered {
     /// Before it goes back to the queue, if it must.
     pause: Duration,
     taken_at: Instant,
-    is_in_hand: bool,
 }
 
 /// A queue that takes no dead letters must not make the worker and the broker turn at full speed.
@@ -257,7 +256,7 @@ impl<'a> Settling<'a> {
             }
             Settlement::AwaitDeadLetter => {
                 let publication = request.dead_letter.take();
-                self.await_dead_letter(&request.delivery, request.outcome, request.span, publication, taken_at, true);
+                self.await_dead_letter(&request.delivery, request.outcome, request.span, publication, taken_at);
             }
             Settlement::Quarantine { cause, is_dead_letter } => {
                 self.quarantine(request, cause, is_dead_letter, taken_at);
@@ -265,11 +264,11 @@ impl<'a> Settling<'a> {
             Settlement::DeadLetter => {
                 let publication = self.publisher.undeliverable(&request.delivery, HOPELESS);
                 let outcome = Outcome::Undeliverable;
-                self.await_dead_letter(&request.delivery, outcome, request.span, Some(publication), taken_at, true);
+                self.await_dead_letter(&request.delivery, outcome, request.span, Some(publication), taken_at);
             }
             Settlement::Requeue => {
                 request.span.settled(Outcome::GivenBack);
-                self.requeue(tag, pause_of(&request.delivery), true);
+                self.requeue(tag, pause_of(&request.delivery));
             }
             Settlement::Reconnect => return Err(BrokerError::other("dead letter", "no queue took it")),
         }
@@ -329,11 +328,10 @@ impl<'a> Settling<'a> {
         span: RequestSpan,
         publication: Option<Publication<'static>>,
         taken_at: Instant,
-        is_in_hand: bool,
     ) {
         let tag = delivery.tag();
         self.held.insert(tag);
-        let request = DeadLettered { tag, outcome, span, pause: pause_of(delivery), taken_at, is_in_hand };
+        let request = DeadLettered { tag, outcome, span, pause: pause_of(delivery), taken_at };
         let mut valve = self.valve.clone();
         let heard = async move {
             let Some(publication) = publication else { return (request, DeadLetterWord::Confirmed) };
@@ -348,20 +346,16 @@ impl<'a> Settling<'a> {
     }
 
     async fn dead_lettered(&mut self, request: DeadLettered, word: DeadLetterWord) -> Result<(), BrokerError> {
-        let DeadLettered { tag, outcome, span, pause, taken_at, is_in_hand } = request;
+        let DeadLettered { tag, outcome, span, pause, taken_at } = request;
         match settlement(ReplyWord::Delivered, Some(word)) {
             Settlement::Acknowledge => {
                 self.held.remove(&tag);
-                // Counted on the way out, as those are that never left.
-                if !is_in_hand {
-                    self.in_hand.readd(1);
-                }
                 self.finish(vec![Settled { tag, outcome, span }], taken_at).await
             }
             Settlement::Reconnect => Err(BrokerError::other("dead letter", "no queue took it")),
             _ => {
                 span.settled(Outcome::GivenBack);
-                self.requeue(tag, pause, is_in_hand);
+                self.requeue(tag, pause);
                 Ok(())
             }
         }
@@ -374,7 +368,7 @@ impl<'a> Settling<'a> {
         let Some(PublishedReply { reply, .. }) = reply else { return };
         let key = delivery.tag();
         self.held.insert(key);
-        self.in_hand.remove(1);
+        self.in_hand.defer(1);
         self.metrics.quarantined().inc();
         let undelivered = Arc::new(Undelivered { delivery, reply, trace: span.context() });
         let suspect = Suspect { key, undelivered: Arc::clone(&undelivered), cause };
@@ -387,6 +381,7 @@ impl<'a> Settling<'a> {
         let Some(quarantined) = self.quarantined.remove(&tag) else { return Ok(()) };
         let Quarantined { undelivered, outcome, span, is_dead_letter, taken_at } = quarantined;
         self.metrics.quarantined().dec();
+        self.in_hand.resume(1);
         match verdict {
             Verdict::Undeliverable(reason) if !is_dead_letter => {
                 let delivery = &undelivered.delivery;
@@ -396,19 +391,19 @@ impl<'a> Settling<'a> {
                     message_id, correlation_id, "a reply is undeliverable, and its request is dead-lettered"
                 );
                 let publication = self.publisher.undeliverable(delivery, &reason);
-                self.await_dead_letter(delivery, Outcome::Undeliverable, span, Some(publication), taken_at, false);
+                self.await_dead_letter(delivery, Outcome::Undeliverable, span, Some(publication), taken_at);
                 return Ok(());
             }
             Verdict::Untried => {
                 span.settled(Outcome::GivenBack);
                 self.metrics.given_back();
+                self.in_hand.remove(1);
                 return self.give_back(tag).await;
             }
             Verdict::Unroutable => self.metrics.unroutable_reply(),
             Verdict::Delivered | Verdict::Undeliverable(_) => {}
         }
         self.held.remove(&tag);
-        self.in_hand.readd(1);
         self.finish(vec![Settled { tag, outcome, span }], taken_at).await
     }
 
@@ -441,12 +436,10 @@ impl<'a> Settling<'a> {
         try_join_all(singly.iter().map(|tag| self.acknowledger.acknowledge(*tag))).await.map(drop)
     }
 
-    fn requeue(&mut self, tag: u64, pause: Duration, is_in_hand: bool) {
+    fn requeue(&mut self, tag: u64, pause: Duration) {
         self.metrics.given_back();
         self.held.insert(tag);
-        if is_in_hand {
-            self.in_hand.remove(1);
-        }
+        self.in_hand.remove(1);
         self.pauses.push(sleep(pause).map(move |()| tag).boxed());
     }
 

@@ -164,7 +164,7 @@ async fn a_drain_that_cannot_finish_ends_at_its_deadline_and_says_what_was_left(
     let mut first = space.worker_with(&settings).await;
     store.shut();
     let load = Load::start(&space, vec![Asked::new("C1", "new", "call")]).await;
-    first.says("the store is away").await;
+    first.says("Redis is unavailable").await;
     first.signal("TERM");
     assert_eq!(first.ended().await.code(), Some(1));
     first.says("1 requests were taken up and not finished when the drain ended").await;
@@ -379,11 +379,13 @@ async fn while_the_store_is_away_requests_are_held_and_then_answered_and_the_out
     let mut load = Load::start(&space, Asked::mixed(2000)).await;
     load.answered(500).await;
     store.shut();
-    worker.says("the store is away").await;
+    worker.says("Redis is unavailable").await;
     store.open();
-    worker.says("the store answers again").await;
+    worker.says("the outage is over").await;
     assert_all_went_well(&space, load, [&mut worker]).await;
-    assert_eq!((times(&worker, "is away"), times(&worker, "answers again")), (1, 1), "{}", worker.log());
+    // The end of the connection, and why there is no other yet.
+    let causes = times(&worker, "Redis is unavailable");
+    assert!((1..=3).contains(&causes) && times(&worker, "the outage is over") == 1, "{}", worker.log());
 }
 
 #[tokio::test]
@@ -392,7 +394,7 @@ async fn requests_of_a_worker_whose_store_stays_away_go_to_one_whose_store_answe
     let mut first = space.worker_with(&[("redis.url", &store.url()), ("worker.hold_seconds", "1")]).await;
     store.shut();
     let mut load = Load::start(&space, Asked::mixed(100)).await;
-    first.says("the requests in hand go back to the queue").await;
+    first.says("100 requests are requeued").await;
     let mut second = space.worker().await;
     load.all_answered().await;
     store.open();

@@ -43,6 +43,7 @@ mod proxy;
 mod proxy_tests;
 mod race;
 mod raw_amqp;
+mod redis_front;
 mod refusals;
 mod reply_delivery;
 mod shell_example;

@@ -25,6 +25,10 @@
 -- Returns the error BADTREE if a pointer cannot be read, and BADSEQUENCE if the next id would not be one: someone else
 -- wrote to the tree or to the sequence.
 --
+-- With ARGV[1] = "PROBE", and nothing behind it, it is a probe: it tries every command that it uses over keys that nothing
+-- else uses, and changes nothing, since each write is one that Redis objects to for its arguments, when all that could
+-- forbid a write has been looked at. Returns "PROBE", or the error "PROBE <command> <error>".
+--
 -- Safe to repeat: an entry that created anything is recognised by its token. It is told "created" again, and is not
 -- merged a second time, so that a repeat never overwrites what others have written since.
 --
@@ -36,6 +40,26 @@
 -- and from there to the end they are the fields of the tree.
 
 local SEQUENCE, IDS, TREE = KEYS[1], KEYS[2], KEYS[3]
+if ARGV[1] == 'PROBE' then
+  local tried = {
+    'HMGET', redis.pcall('HMGET', TREE, 'probe'),
+    'INCRBY', redis.pcall('INCRBY', SEQUENCE, 'probe'),
+    'HSET', redis.pcall('HSET', IDS, 'probe', '', 'probe'),
+    'HSET', redis.pcall('HSET', TREE, 'probe', '', 'probe')
+  }
+  for at = 1, #tried, 2 do
+    local error = type(tried[at + 1]) == 'table' and tried[at + 1].err
+    -- A key of another type, too, shows that the command is allowed.
+    local is_proof = not error
+    for _, text in ipairs({ 'WRONGTYPE', 'value is not an integer', 'wrong number of arguments for' }) do
+      is_proof = is_proof or string.find(error, text, 1, true)
+    end
+    if not is_proof then
+      return redis.error_reply('PROBE ' .. tried[at] .. ' ' .. error)
+    end
+  end
+  return 'PROBE'
+end
 local token, now = ARGV[1], ARGV[2]
 local merge, associated = ARGV[3] == 'merge', ARGV[4] == 'associated'
 -- By kind: 1 is the service, 2 the state, 3 the task. Its at is ARGV[3 + 2 * kind], its record the next.
