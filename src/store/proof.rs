@@ -67,6 +67,8 @@ fn sort(answer: redis::RedisResult<Value>, settings: &Settings, how: &str) -> Re
     match answer {
         Ok(Value::BulkString(text)) if text == PROBE.as_bytes() => Ok(()),
         Ok(_) => Err(Unavailable::strange(url, "another answer than the script gives: is it Redis itself?")),
+        // It was allowed to ask, and the text was proven just before: another made Redis forget it in between.
+        Err(error) if error.code() == Some("NOSCRIPT") => Ok(()),
         Err(error) => {
             let details = error.detail().unwrap_or_default();
             Err(match (error.code(), details.split_once(' ')) {
@@ -100,7 +102,17 @@ impl StoreProbe {
 
     /// Whether it takes the work, as far as it says so within [`PROBE_LIMIT`].
     pub(crate) async fn prove(&mut self) -> Result<(), Unavailable> {
-        let proven = timeout(PROBE_LIMIT, self.ask()).await;
+        let had_connection = self.connection.is_some();
+        let proven = timeout(PROBE_LIMIT, async {
+            let proven = self.ask().await;
+            // That an old connection has ended says nothing of a new one.
+            if had_connection && proven.as_ref().is_err_and(|cause| !cause.is_known()) {
+                self.connection = None;
+                return self.ask().await;
+            }
+            proven
+        });
+        let proven = proven.await;
         let proven = proven.unwrap_or_else(|_| Err(Unavailable::silent(&self.settings.url, PROBE_LIMIT)));
         proven.inspect_err(|_| self.connection = None)
     }
