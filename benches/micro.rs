@@ -4,12 +4,12 @@ use composite_start::identity::{Identity, RequestDigest, RequestName};
 use composite_start::reply::Reply;
 use composite_start::request::{Header, Message, Request};
 use composite_start::settings::{OnFound, Settings};
-use composite_start::store::script::Call;
+use composite_start::store::script::{Call, Terms};
 use composite_start::store::{Found, Object};
 use divan::{Bencher, black_box};
 
 const EXAMPLE: &str = include_str!("../examples/composite-start.json");
-const NOW: &str = r#""2026-11-23T21:49:40.017Z""#;
+const NOW: &str = "2026-11-23T21:49:40.017Z";
 
 fn main() {
     divan::main();
@@ -85,10 +85,11 @@ fn script_arguments(bencher: Bencher<'_, '_>, name: &str) {
     let message = message(&body);
     let request = Request::parse(&message, &limits).expect("the bodies are right");
     let digest = RequestDigest::new(&RequestName::new(&message, || 0), &body);
+    let terms = Terms::new(OnFound::Merge, NOW, 60);
     bencher.bench(|| {
         let command = |(index, entry)| {
             let call = Call::new("cs", &request.tenant, entry, digest.token(index));
-            call.command("EVALSHA", "0123456789abcdef0123456789abcdef01234567", OnFound::Merge, NOW)
+            call.command("EVALSHA", "0123456789abcdef0123456789abcdef01234567", &terms)
         };
         black_box(&request.entries).iter().enumerate().map(command).collect::<Vec<_>>()
     });
@@ -97,7 +98,13 @@ fn script_arguments(bencher: Bencher<'_, '_>, name: &str) {
 #[divan::bench(args = [1, 20, 100])]
 fn reply(bencher: Bencher<'_, '_>, entries: usize) {
     let object = |id| Object { id, created: id % 2 == 0 };
-    let found = |id| Found { service: object(id), state: object(id + 1), task: Some(object(id + 2)), is_repeat: false };
+    let found = |id| Found {
+        service: object(id),
+        state: object(id + 1),
+        task: Some(object(id + 2)),
+        is_repeat: false,
+        sequence_moved: false,
+    };
     let found: Vec<_> = (0_u64..).map(|n| found(1_000_000 + 3 * n)).take(entries).collect();
     let settings = settings().reply;
     bencher.bench(|| Reply::success(black_box(&found), &settings));

@@ -2,6 +2,7 @@
 
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
+use time::format_description::well_known::Rfc3339;
 use time::macros::format_description;
 
 const ISO_8601_MILLISECONDS: &[BorrowedFormatItem<'_>] =
@@ -18,4 +19,10 @@ pub(crate) fn now() -> String {
 pub(crate) fn at(seconds: u64) -> Option<String> {
     let time = OffsetDateTime::from_unix_timestamp(i64::try_from(seconds).ok()?).ok()?;
     time.format(ISO_8601_MILLISECONDS).ok()
+}
+
+/// A time in that form in seconds since 1970; 0 for a text of another form.
+pub(crate) fn unix_seconds(text: &str) -> u32 {
+    let time = OffsetDateTime::parse(text, &Rfc3339).ok();
+    time.and_then(|time| time.unix_timestamp().try_into().ok()).unwrap_or(0)
 }

@@ -5,7 +5,8 @@
 //! - the **identity** of a service, a text that two services share only if they are the same;
 //! - its **bucket**, 0 to 16383: the low 14 bits of the identity's XXH3 (64 bits, seed 0). It is the cluster hash tag
 //!   of all keys of the service, and `id mod 16384` of every id in it;
-//! - the **token** of an entry of a request, by which an object remembers who created it.
+//! - the **token** of an entry of a request, by which an object remembers who created it, and a service what was merged
+//!   onto it.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -115,9 +116,16 @@ impl RequestDigest {
 }
 
 /// 64 bits that tell one entry of one request from every other: an object whose pointer carries them was created by
-/// it. Written as 16 hexadecimal digits.
+/// it, and a service that remembers them as a recent update was merged onto by it. Written as 16 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Token(u64);
+
+impl Token {
+    /// The same in 8 bytes.
+    pub fn to_bytes(self) -> [u8; 8] {
+        self.0.to_be_bytes()
+    }
+}
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -154,6 +154,7 @@ mod tests {
         state: Object { id: 333_444, created: true },
         task: Some(Object { id: 555_666, created: true }),
         is_repeat: false,
+        sequence_moved: false,
     };
 
     fn settings(flags: Flags) -> Settings {

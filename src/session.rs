@@ -76,7 +76,7 @@ pub(crate) async fn supervise(
 }
 
 async fn sessions(settings: &Settings, monitor: &LaneMonitor, stop: watch::Receiver<bool>) -> Result<(), RunError> {
-    let mut store = Store::new(&settings.redis, settings.store.on_found)?;
+    let mut store = Store::new(&settings.redis, settings.store.on_found, settings.worker.hold_seconds)?;
     let mut delays = Delays::new();
     let mut outage = Outage::new("not consuming");
     let reputations = Reputations::new();

@@ -45,7 +45,7 @@ use crate::amqp::topology::Names;
 use crate::amqp::{BrokerError, Endpoints};
 use crate::clock;
 use crate::fault::{self, Point};
-use crate::identity::{RequestDigest, RequestName};
+use crate::identity::{BUCKETS, RequestDigest, RequestName};
 use crate::monitor::LaneMonitor;
 use crate::monitor::metrics::{self, Stage};
 use crate::outage::RedisOutage;
@@ -540,7 +540,12 @@ impl Answering<'_, '_> {
             match refusal {
                 Some(cause) => metrics.redis_error(cause.kind()),
                 None => results.into_iter().for_each(|result| match result {
-                    Ok(found) => metrics.found(found),
+                    Ok(found) => {
+                        metrics.found(found);
+                        if found.sequence_moved {
+                            report_lost_sequence(self.store.key_prefix(), found);
+                        }
+                    }
                     Err(CallError::Failed(failure)) => metrics.redis_error(failure.kind()),
                     Err(CallError::Unavailable(_)) => {}
                 }),
@@ -706,6 +711,15 @@ impl StageClock {
     }
 }
 
+fn report_lost_sequence(key_prefix: &str, found: &Found) {
+    let key = format!("{key_prefix}:{{{}}}:seq", found.service.id % BUCKETS);
+    error!(
+        key,
+        "the sequence of ids in Redis was lost or set back; continuing with unused ids, no record was overwritten. Find out \
+         who deletes or evicts keys: maxmemory-policy must be noeviction"
+    );
+}
+
 /// Keeps a panic from going further. What `work` changes on its way must be in order whenever it ends.
 fn isolated<T>(work: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(work)).ok()
@@ -762,7 +776,7 @@ mod tests {
 
     fn found(id: u64) -> Found {
         let object = Object { id, created: true };
-        Found { service: object, state: object, task: None, is_repeat: false }
+        Found { service: object, state: object, task: None, is_repeat: false, sequence_moved: false }
     }
 
     #[test]

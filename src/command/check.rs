@@ -32,7 +32,7 @@ pub enum CheckError {
 /// # Errors
 /// The first thing that is wrong, within five seconds.
 pub async fn check(settings: &Settings, output: &mut impl Write) -> Result<(), CheckError> {
-    let mut store = Store::new(&settings.redis, settings.store.on_found)?;
+    let mut store = Store::new(&settings.redis, settings.store.on_found, settings.worker.hold_seconds)?;
     let broker = async {
         timeout(BROKER_LIMIT, amqp::try_out(&settings.amqp)).await.unwrap_or_else(|_| {
             let silent = format!("no answer in {} s", BROKER_LIMIT.as_secs());

@@ -114,6 +114,7 @@ pub struct Metrics {
     quarantined: IntGauge,
     redeliveries: IntCounter,
     repeats: IntCounter,
+    sequence_recoveries: IntCounter,
     unroutable_replies: IntCounter,
     reconnects: [IntCounter; 2],
     redis_errors: IntCounterVec,
@@ -154,6 +155,10 @@ impl Metrics {
                 .gauge("quarantined_replies", "Replies not delivered yet that are tried again apart from others."),
             redeliveries: new.counter("redeliveries_total", "Requests that had been delivered before."),
             repeats: new.counter("repeats_total", "Entries answered as when they came before."),
+            sequence_recoveries: new.counter(
+                "sequence_recoveries_total",
+                "Times that a lost sequence of ids in Redis was moved on to ids that are free.",
+            ),
             unroutable_replies: new.counter("unroutable_replies_total", "Replies whose queue was gone."),
             reconnects: ["rabbitmq", "redis"].map(|server| reconnects.with_label_values(&[server])),
             redis_errors,
@@ -175,7 +180,8 @@ impl Metrics {
 
     /// An entry was answered.
     pub fn found(&self, found: &Found) {
-        let Found { service, state, task, is_repeat } = found;
+        let Found { service, state, task, is_repeat, sequence_moved } = found;
+        self.sequence_recoveries.inc_by((*sequence_moved).into());
         if *is_repeat {
             self.repeats.inc();
             return;

@@ -40,7 +40,7 @@ use crate::settings::{OnFound, Redis as Settings, SecretUrl};
 pub use failure::{CallError, EntryFailure, Unavailable};
 use failure::{Meaning, meaning, was_cut_off};
 pub(crate) use proof::StoreProbe;
-use script::{Call, FIND_OR_CREATE, read_answer};
+use script::{Call, FIND_OR_CREATE, Terms, read_answer};
 
 /// To connect, log in and prove that the script works.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -66,8 +66,10 @@ pub struct Found {
     pub state: Object,
     /// The task in it, if the entry has one.
     pub task: Option<Object>,
-    /// Whether this same entry created any of them when it came before.
+    /// Whether this same entry created any of them, or merged onto them, when it came before.
     pub is_repeat: bool,
+    /// Whether the sequence of ids of their bucket was lost, and now goes on beyond those that were given out.
+    pub sequence_moved: bool,
 }
 
 /// One object of an answer.
@@ -86,6 +88,7 @@ pub struct Store {
     connection: Option<MultiplexedConnection>,
     version: Version,
     on_found: OnFound,
+    hold_seconds: u64,
     script: redis::Script,
 }
 
@@ -95,17 +98,18 @@ pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
 }
 
 impl Store {
-    /// A store that is not yet connected.
+    /// A store that is not yet connected. `hold_seconds` is `worker.hold_seconds`.
     ///
     /// # Errors
     /// An address that the client does not take; settings are checked for that before.
-    pub fn new(settings: &Settings, on_found: OnFound) -> Result<Self, Unavailable> {
+    pub fn new(settings: &Settings, on_found: OnFound, hold_seconds: u64) -> Result<Self, Unavailable> {
         Ok(Self {
             info: connection_info(&settings.url).map_err(|error| Unavailable::from_client(&settings.url, &error))?,
             settings: settings.clone(),
             connection: None,
             version: Version::unknown(),
             on_found,
+            hold_seconds,
             script: redis::Script::new(FIND_OR_CREATE),
         })
     }
@@ -119,6 +123,7 @@ impl Store {
             connection: None,
             version: Version::unknown(),
             on_found: self.on_found,
+            hold_seconds: self.hold_seconds,
             script: self.script.clone(),
         }
     }
@@ -218,6 +223,7 @@ impl Store {
         calls: &[(usize, Call<'_>)],
         now: &str,
     ) -> Result<Vec<Result<Found, CallError>>, Unavailable> {
+        let terms = &Terms::new(self.on_found, now, self.hold_seconds);
         let mut results = Vec::with_capacity(calls.len());
         let mut stopped: HashMap<usize, Unavailable> = HashMap::new();
         for mut round in rounds(calls) {
@@ -234,8 +240,8 @@ impl Store {
                 self.connect().await?;
             }
             let connection = self.connection.as_ref().expect("connected above");
-            let answered: Result<Vec<_>, Unavailable> = stream::iter(self.pipelines(&round, calls, now))
-                .map(|part| self.run(connection.clone(), part, calls, now))
+            let answered: Result<Vec<_>, Unavailable> = stream::iter(self.pipelines(&round, calls, terms))
+                .map(|part| self.run(connection.clone(), part, calls, terms))
                 .buffered(PIPELINES_UNDER_WAY)
                 .try_collect()
                 .await;
@@ -255,9 +261,9 @@ impl Store {
 
     /// Cuts one round into pipelines of bounded size, each made when its turn comes: the server works on one while the
     /// next is made.
-    fn pipelines(&self, round: &[usize], calls: &[(usize, Call<'_>)], now: &str) -> impl Iterator<Item = Part> {
+    fn pipelines(&self, round: &[usize], calls: &[(usize, Call<'_>)], terms: &Terms<'_>) -> impl Iterator<Item = Part> {
         let mut commands = round.iter().map(|&index| {
-            let command = calls[index].1.command("EVALSHA", self.script.get_hash(), self.on_found, now);
+            let command = calls[index].1.command("EVALSHA", self.script.get_hash(), terms);
             let bytes: usize = command.args_iter().map(|arg| argument_bytes(&arg)).sum();
             (index, command, bytes)
         });
@@ -281,7 +287,7 @@ impl Store {
         mut connection: MultiplexedConnection,
         part: Part,
         calls: &[(usize, Call<'_>)],
-        now: &str,
+        terms: &Terms<'_>,
     ) -> Result<Vec<(usize, Result<Found, CallError>)>, Unavailable> {
         let answers = self.send(&mut connection, &part.pipeline).await?;
         let mut results = Vec::with_capacity(answers.len());
@@ -290,7 +296,7 @@ impl Store {
             match self.sort(answer) {
                 Answer::Result(result) => results.push((index, result)),
                 Answer::ScriptForgotten => {
-                    forgotten.push(index, calls[index].1.command("EVAL", FIND_OR_CREATE, self.on_found, now), 0);
+                    forgotten.push(index, calls[index].1.command("EVAL", FIND_OR_CREATE, terms), 0);
                 }
             }
         }
@@ -515,11 +521,14 @@ mod tests {
     #[test]
     fn a_pipeline_holds_so_many_calls_or_so_many_bytes_and_never_none() {
         let settings = crate::settings::Settings::load(None).unwrap().redis;
-        let store = Store::new(&settings, OnFound::Merge).unwrap();
+        let store = Store::new(&settings, OnFound::Merge, 60).unwrap();
         let sizes = |entry: &Entry<'_>, count: usize| {
             let calls: Vec<_> = (0..count).map(|index| (index, call(entry))).collect();
             let round: Vec<_> = (0..count).collect();
-            store.pipelines(&round, &calls, "1").map(|part| part.indices.len()).collect::<Vec<_>>()
+            store
+                .pipelines(&round, &calls, &Terms::new(OnFound::Merge, "1", 60))
+                .map(|part| part.indices.len())
+                .collect::<Vec<_>>()
         };
         assert_eq!(sizes(&entry("A", ""), 300), [128, 128, 44]);
         assert_eq!(sizes(&entry("A", ""), 128), [128]);

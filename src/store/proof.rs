@@ -85,7 +85,7 @@ fn sort(answer: redis::RedisResult<Value>, settings: &Settings, how: &str) -> Re
 }
 
 /// What the script's probe tries.
-const TRIED: [&str; 3] = ["HMGET", "INCRBY", "HSET"];
+const TRIED: [&str; 4] = ["HMGET", "HLEN", "INCRBY", "HSET"];
 
 /// Asks Redis again and again whether it takes the work, over a connection of its own.
 pub(crate) struct StoreProbe {

@@ -1,7 +1,5 @@
 //! Reads the records of one service, and writes nothing: two commands that a login may be confined to.
 
-use std::collections::BTreeMap;
-
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, FromRedisValue};
 use tokio::time::timeout;
@@ -82,7 +80,7 @@ impl Reader {
 
     /// In one command, so that it is the tree of one moment.
     async fn tree(&mut self, key: String) -> Result<Option<Tree>, ReadError> {
-        let fields: BTreeMap<String, String> = self.ask(&key, redis::cmd("HGETALL").arg(&key)).await?;
+        let fields: tree::Fields = self.ask(&key, redis::cmd("HGETALL").arg(&key)).await?;
         if fields.is_empty() {
             return Ok(None);
         }

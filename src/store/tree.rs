@@ -9,7 +9,7 @@ const UPDATED: usize = 24;
 /// One active object of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Object {
-    /// Where it is: `service`, `state:<type>` or `task:<type>`, the type escaped.
+    /// Where it is: `service`, `state:<type>` or `task:<type>`, the type escaped, or a digest of a long one.
     pub at: String,
     /// Its id.
     pub id: u64,
@@ -23,26 +23,30 @@ pub struct Object {
     pub data: BTreeMap<String, String>,
 }
 
+/// The fields of a tree: text, but for those that remember updates.
+pub type Fields = BTreeMap<String, Vec<u8>>;
+
 /// The objects of the tree that is a hash of these fields; `None` if that is not one the script writes. The fields are
 /// described in `lua/find_or_create.lua`.
-pub fn read(fields: &BTreeMap<String, String>) -> Option<Vec<Object>> {
+pub fn read(fields: &Fields) -> Option<Vec<Object>> {
     let is_record = |name: &str| name.starts_with(|first: char| first.is_ascii_digit());
-    let (mut objects, mut records, mut data) = (Vec::new(), BTreeMap::new(), Vec::new());
-    for (name, value) in fields {
+    let is_updates = |name: &str| name == "recent" || name.starts_with("recent:");
+    let (mut objects, mut records, mut data) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+    for (name, value) in fields.iter().filter(|(name, _)| !is_updates(name)) {
+        let value = std::str::from_utf8(value).ok()?;
         match name.split_once('/') {
             _ if is_record(name) => drop(records.insert(name.parse::<u64>().ok()?, value)),
             Some((at, key)) => data.push((at, key, value)),
-            None => objects.push(read_pointer(name, value)?),
+            None => drop(objects.insert(&**name, read_pointer(name, value)?)),
         }
     }
-    for object in &mut objects {
-        object.record.clone_from(records.remove(&object.id)?);
+    for object in objects.values_mut() {
+        records.remove(&object.id)?.clone_into(&mut object.record);
     }
     for (at, key, json) in data {
-        let object = objects.iter_mut().find(|object| object.at == at)?;
-        object.data.insert(key.to_owned(), json.clone());
+        objects.get_mut(at)?.data.insert(key.to_owned(), json.to_owned());
     }
-    records.is_empty().then_some(objects)
+    records.is_empty().then(|| objects.into_values().collect())
 }
 
 /// An object without its record and data.

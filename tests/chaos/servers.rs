@@ -1,6 +1,5 @@
 //! The two servers: taken down and brought back, told what to do, and looked into.
 
-use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::Duration;
 
@@ -170,7 +169,7 @@ impl Servers {
             for (key, _) in some {
                 pipeline.cmd("HGETALL").arg(key);
             }
-            let hashes: Vec<BTreeMap<String, String>> = pipeline.query_async(&mut redis).await.unwrap();
+            let hashes: Vec<tree::Fields> = pipeline.query_async(&mut redis).await.unwrap();
             for ((key, customer), hash) in some.iter().zip(hashes) {
                 let read = match customer {
                     Some(customer) => read_tree(*customer, &hash, history),
@@ -189,15 +188,15 @@ fn customer(identity: &str) -> Option<u32> {
     identity.strip_prefix("//c")?.strip_suffix("/booking/")?.parse().ok()
 }
 
-fn read_ids(hash: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
+fn read_ids(hash: &tree::Fields, history: &mut History) -> Option<()> {
     for (id, identity) in hash {
-        history.ids.insert(id.parse().ok()?, customer(identity)?);
+        history.ids.insert(id.parse().ok()?, customer(std::str::from_utf8(identity).ok()?)?);
     }
     Some(())
 }
 
 /// The objects of a tree, and which requests left their mark on them.
-fn read_tree(customer: u32, fields: &BTreeMap<String, String>, history: &mut History) -> Option<()> {
+fn read_tree(customer: u32, fields: &tree::Fields, history: &mut History) -> Option<()> {
     for tree::Object { at, id, data, .. } in tree::read(fields)? {
         let part = match at.split_once(':') {
             None if at == "service" => Part::Service,

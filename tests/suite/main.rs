@@ -56,4 +56,5 @@ mod tls;
 mod topology;
 mod traces;
 mod unread_log;
+mod updates;
 mod versions;

@@ -122,7 +122,7 @@ async fn nothing_is_taken_without(rules: Vec<String>, missing: String) {
 
 #[tokio::test]
 async fn without_any_one_of_the_rights_in_redis_check_names_it_and_no_request_is_taken() {
-    let rules = ["~PREFIX:*", "+evalsha", "+eval", "+incrby", "+hmget", "+hset"].map(str::to_owned);
+    let rules = ["~PREFIX:*", "+evalsha", "+eval", "+incrby", "+hmget", "+hlen", "+hset"].map(str::to_owned);
     let space = Space::new();
     let with_prefix = |rule: &String| rule.replace("PREFIX", &space.key_prefix);
     let (mut expected, mut documented) = (rules.each_ref().map(with_prefix).to_vec(), documented_rules(&space));
@@ -156,7 +156,7 @@ async fn a_right_that_is_taken_from_a_worker_turns_it_red_until_it_is_given_back
 
 #[tokio::test]
 async fn a_command_that_was_renamed_is_named_by_check() {
-    for command in ["EVAL", "EVALSHA", "HMGET", "INCRBY", "HSET"] {
+    for command in ["EVAL", "EVALSHA", "HMGET", "HLEN", "INCRBY", "HSET"] {
         let (space, server) = (Space::new(), PrivateRedis::start_with(&["--rename-command", command, ""]).await);
         let checked = space.run(&["check"], &[("redis.url", &server.url())], "").await;
         assert_eq!(checked.code, Some(1), "{command}");

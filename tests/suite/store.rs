@@ -19,6 +19,8 @@ use crate::private_redis::PrivateRedis;
 pub(crate) const BUCKETS: u64 = 16384;
 const NOW: &str = "2026-01-31T08:30:00.000Z";
 const MEBIBYTE: usize = 1024 * 1024;
+/// `worker.hold_seconds` of the stores here.
+pub(crate) const HOLD_SECONDS: u64 = 60;
 
 /// A message, as far as the store is concerned.
 #[derive(Debug, Clone)]
@@ -30,7 +32,7 @@ pub(crate) struct Asked {
 
 impl Asked {
     /// Of no tenant.
-    fn new(message_id: impl Into<String>, body: impl Into<String>) -> Self {
+    pub(crate) fn new(message_id: impl Into<String>, body: impl Into<String>) -> Self {
         let name = RequestName::MessageId(message_id.into().into());
         Self { name, tenant: String::new(), body: body.into() }
     }
@@ -52,7 +54,7 @@ impl Asked {
     }
 
     /// The keys of the service of its first entry.
-    fn keys(&self, prefix: &str) -> Keys {
+    pub(crate) fn keys(&self, prefix: &str) -> Keys {
         let request = self.parse();
         Keys::new(prefix, &Identity::new(&request.tenant, &request.entries[0].service))
     }
@@ -80,27 +82,27 @@ pub(crate) async fn ask(store: &mut Store, prefix: &str, asked: &[Asked], now: &
 }
 
 /// A store of this space that merges.
-fn store_of(space: &Space) -> Store {
+pub(crate) fn store_of(space: &Space) -> Store {
     store(&redis_url(), &space.key_prefix, OnFound::Merge)
 }
 
 pub(crate) fn store(url: &str, key_prefix: &str, on_found: OnFound) -> Store {
     let settings = Settings::load(None).unwrap().redis;
     let settings = RedisSettings { url: url.to_owned().into(), key_prefix: key_prefix.to_owned(), ..settings };
-    Store::new(&settings, on_found).unwrap()
+    Store::new(&settings, on_found, HOLD_SECONDS).unwrap()
 }
 
-async fn results(store: &mut Store, asked: &[Asked]) -> Results {
+pub(crate) async fn results(store: &mut Store, asked: &[Asked]) -> Results {
     let prefix = store.key_prefix().to_owned();
     ask(store, &prefix, asked, NOW).await.unwrap()
 }
 
 /// The results of requests that all succeed.
-async fn found(store: &mut Store, asked: &[Asked]) -> Vec<Found> {
+pub(crate) async fn found(store: &mut Store, asked: &[Asked]) -> Vec<Found> {
     results(store, asked).await.into_iter().map(Result::unwrap).collect()
 }
 
-async fn found_one(store: &mut Store, asked: &Asked) -> Found {
+pub(crate) async fn found_one(store: &mut Store, asked: &Asked) -> Found {
     found(store, std::slice::from_ref(asked)).await[0]
 }
 
@@ -141,7 +143,7 @@ impl Contents {
                 }
                 ("ids", "") => drop(contents.ids.insert(bucket, fields(redis, &key).await)),
                 ("tree", identity) => {
-                    contents.trees.insert((bucket, identity.to_owned()), unfolded(&fields(redis, &key).await));
+                    contents.trees.insert((bucket, identity.to_owned()), unfolded(&tree_fields(redis, &key).await));
                 }
                 other => panic!("a key of no known kind: {other:?}"),
             }
@@ -154,9 +156,13 @@ async fn fields(redis: &mut MultiplexedConnection, key: &str) -> BTreeMap<String
     redis::cmd("HGETALL").arg(key).query_async(redis).await.unwrap()
 }
 
+pub(crate) async fn tree_fields(redis: &mut MultiplexedConnection, key: &str) -> tree::Fields {
+    redis::cmd("HGETALL").arg(key).query_async(redis).await.unwrap()
+}
+
 /// A tree with an entry for each field of its objects: `<id>.type`, `<id>.started` and the like of its record,
 /// `<id>.updated` and `<id>.data.<key>`; a pointer is `<id>:<token>`.
-pub(crate) fn unfolded(fields: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+pub(crate) fn unfolded(fields: &tree::Fields) -> BTreeMap<String, String> {
     let mut unfolded = BTreeMap::new();
     for tree::Object { at, id, token, updated, record, data } in
         tree::read(fields).unwrap_or_else(|| panic!("{fields:?}"))
@@ -178,7 +184,7 @@ async fn only_tree(space: &Space) -> BTreeMap<String, String> {
 }
 
 /// A service with data attached to it, in a state `new`.
-fn service_with(customer: &str, data: &str) -> String {
+pub(crate) fn service_with(customer: &str, data: &str) -> String {
     format!(
         r#"{{"service":{{"customer_id":"{customer}","service_type":"booking"{data}}},"state":{{"state_type":"new"}}}}"#
     )
@@ -387,7 +393,7 @@ async fn a_login_that_may_touch_nothing_but_the_three_keys_of_a_service_and_the_
     let keys = [sequence, ids, tree].map(|key| format!("~{key}"));
     let mut rules: Vec<&str> = keys.iter().map(String::as_str).collect();
     let probe = format!("~{}:{{probe}}:*", space.key_prefix);
-    rules.extend([&*probe, "+evalsha", "+eval", "+incrby", "+hmget", "+hset"]);
+    rules.extend([&*probe, "+evalsha", "+eval", "+incrby", "+hmget", "+hlen", "+hset"]);
     let url = space.redis_login(&rules).await;
     let mut store = store(&url, &space.key_prefix, OnFound::Merge);
     assert_eq!(created(&found_one(&mut store, &asked("a", "new")).await), [true, true, true]);
@@ -556,7 +562,7 @@ async fn a_server_that_is_full_or_may_not_be_written_is_unavailable_and_works_ag
 
 #[tokio::test]
 async fn a_login_without_rights_is_the_operators_fault_and_not_the_requests() {
-    let missing = ["-evalsha", "-eval", "-hmget", "-hset", "-incrby", "resetkeys"];
+    let missing = ["-evalsha", "-eval", "-hmget", "-hlen", "-hset", "-incrby", "resetkeys"];
     for right in missing {
         let space = Space::new();
         let url = space.redis_login(&["~*", "+@all", right]).await;

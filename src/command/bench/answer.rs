@@ -103,6 +103,7 @@ mod tests {
             state: object(ID_LIMIT - 1, true),
             task: Some(object(2, false)),
             is_repeat: false,
+            sequence_moved: false,
         };
         let found: Vec<_> = (1..=count).map(found).collect();
         Reply::success(&found, &Settings { flags, base_uri: String::new() }).body.into_bytes()
