@@ -261,7 +261,66 @@ fn read_object<'a>(words: &mut impl Iterator<Item = &'a str>, is_repeat: &mut bo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::{RequestDigest, RequestName};
+    use crate::request::{Header, Message, Request};
+    use crate::settings::Settings;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use std::collections::BTreeSet;
+
+    /// Beside twice what an entry takes in the body: its keys and types, escaped and for each of its names of 256 bytes
+    /// at most, and what names the script, the request and the time.
+    const CONSTANT_BYTES: usize = 6 * 1024;
+
+    fn object(kind: &'static str) -> impl Strategy<Value = String> {
+        let name = prop_oneof!["[ab/%\u{1}é]{1,8}", "[/%a]{200,256}", "a{31,34}"];
+        let begin = proptest::sample::select(vec!["", "/", "\u{1}", "é", "a key of some length, "]);
+        let json = proptest::sample::select(vec!["1", "[null]", "\"a text of some length\""]);
+        let count = prop_oneof![3 => 0..8_usize, 1 => 100..3000_usize];
+        (name, begin, json, count).prop_map(move |(name, begin, json, count)| {
+            let key = |n| serde_json::json!(format!("{begin}{n:x}"));
+            let data = (0..count).map(|n| format!(",{}:{json}", key(n))).collect::<Vec<_>>().concat();
+            format!("\"{kind}\":{{\"{kind}_type\":{}{data}", serde_json::json!(name))
+        })
+    }
+
+    fn request_body() -> impl Strategy<Value = (usize, String)> {
+        let entry = (object("service"), "[/a]{1,256}", object("state"), object("task")).prop_map(
+            |(service, customer, state, task)| {
+                format!("{{{service},\"customer_id\":\"{customer}\"}},{state}}},{task}}}}}")
+            },
+        );
+        vec(entry, 1..4).prop_map(|entries| (entries.len(), format!("{{\"services\":[{}]}}", entries.join(","))))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_is_sent_to_redis_is_at_most_twice_the_body_and_a_constant_an_entry((entries, body) in request_body()) {
+            let tenant = Header::Text("/".repeat(256).into());
+            let message = Message {
+                body: body.as_bytes(),
+                content_type: None,
+                content_encoding: None,
+                reply_to: None,
+                correlation_id: None,
+                message_id: None,
+                contact_center_id: tenant.clone(),
+                group_id: tenant,
+                unreadable_properties: None,
+            };
+            let request = Request::parse(&message, &Settings::load(None).unwrap().limits).unwrap();
+            prop_assert_eq!(request.entries.len(), entries);
+            let digest = RequestDigest::new(&RequestName::Unnamed(1), body.as_bytes());
+            let terms = Terms::new(OnFound::Merge, "2026-01-31T08:30:00.000Z", 60);
+            let sent: usize = request.entries.iter().map(|entry| {
+                let call = Call::new("cs", &request.tenant, entry, digest.token(0));
+                call.command("EVALSHA", &"0".repeat(40), &terms).get_packed_command().len()
+            }).sum();
+            prop_assert!(sent <= 2 * body.len() + CONSTANT_BYTES * entries, "{} for {}", sent, body.len());
+        }
+    }
 
     /// The numbered slots of `array` that `text` mentions.
     fn slots(text: &str, array: &str) -> BTreeSet<u32> {

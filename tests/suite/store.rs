@@ -383,6 +383,71 @@ async fn a_batch_of_many_calls_and_one_of_large_ones_are_answered_in_order() {
     }
 }
 
+/// Objects with so many attached keys, all of them short, in types of any length.
+fn with_keys(types: [&str; 3], keys: impl Iterator<Item = usize>, value: &str) -> String {
+    let data = keys.map(|key| format!(r#","{key:x}":"{value}""#)).collect::<Vec<_>>().concat();
+    let [service, state, task] = types;
+    format!(
+        r#"{{"service":{{"customer_id":"C","service_type":"{service}"{data}}},
+            "state":{{"state_type":"{state}"{data}}},"task":{{"task_type":"{task}"{data}}}}}"#
+    )
+}
+
+#[tokio::test]
+async fn attached_data_is_the_same_in_redis_whether_it_was_sent_packed_or_not() {
+    const KEYS: usize = 2500;
+    for (long, on_found) in [("t".repeat(250), OnFound::Merge), ("/".repeat(30), OnFound::Keep)] {
+        let types = ["booking", &*long, "call"];
+        // Small requests are never packed, and one with so many keys is. The first one creates, so that both merge and keep
+        // leave the same.
+        let (packed, plain) = (Space::new(), Space::new());
+        let mut store_of_packed = store(&redis_url(), &packed.key_prefix, on_found);
+        found_one(&mut store_of_packed, &Asked::new("a", body(&[with_keys(types, 0..KEYS, "x")]))).await;
+        let mut store_of_plain = store_of(&plain);
+        for first in (0..KEYS).step_by(10) {
+            let some = body(&[with_keys(types, first..first + 10, "x")]);
+            found_one(&mut store_of_plain, &Asked::new(format!("{first}"), some)).await;
+        }
+        let tree = only_tree(&packed).await;
+        assert_eq!(tree.len(), only_tree(&plain).await.len());
+        let data = |tree: BTreeMap<String, String>| {
+            tree.into_iter().filter(|(name, _)| name.contains(".data.")).collect::<BTreeMap<_, _>>()
+        };
+        assert_eq!(data(tree.clone()), data(only_tree(&plain).await));
+
+        // Merged, kept, and repeated: as with any other.
+        let other = Asked::new("b", body(&[with_keys(types, 0..KEYS, "y")]));
+        found_one(&mut store_of_packed, &other).await;
+        let value = if matches!(on_found, OnFound::Merge) { "\"y\"" } else { "\"x\"" };
+        let merged = data(only_tree(&packed).await);
+        assert_eq!(merged.values().filter(|json| **json == value).count(), 3 * KEYS);
+        found_one(&mut store_of_packed, &Asked::new("a", body(&[with_keys(types, 0..KEYS, "x")]))).await;
+        assert_eq!(data(only_tree(&packed).await), merged);
+    }
+}
+
+#[tokio::test]
+async fn types_that_are_long_and_differ_in_one_character_are_kept_apart() {
+    let space = Space::new();
+    let mut store = store_of(&space);
+    let states = [("x".repeat(255) + "a"), ("x".repeat(255) + "b"), "x".repeat(255), "x".repeat(32), "x".repeat(33)];
+    let with = |state: &str| {
+        format!(
+            r#"{{"service":{{"customer_id":"C","service_type":"t"}},"state":{{"state_type":"{state}","k":"{state}"}}}}"#
+        )
+    };
+    let asked = Asked::new("a", body(&states.each_ref().map(|state| with(state))));
+    let found = found(&mut store, &[asked]).await;
+    let tree = only_tree(&space).await;
+    for (state, answer) in states.iter().zip(&found) {
+        assert_eq!(tree[&format!("{}.type", answer.state.id)], format!("\"{state}\""));
+        assert_eq!(tree[&format!("{}.data.k", answer.state.id)], format!("\"{state}\""));
+    }
+    let key = Asked::new("a", body(&[with("a")])).keys(&space.key_prefix).tree;
+    let fields = tree_fields(&mut space.redis().await, &key).await;
+    assert!(fields.keys().all(|name| name.len() < 64), "names of fields do not grow with types");
+}
+
 // ---- keys
 
 #[tokio::test]
@@ -484,6 +549,88 @@ async fn a_pointer_that_cannot_be_read_fails_its_own_call_and_changes_nothing() 
             assert_eq!(fields(&mut redis, &tree).await, expected);
         }
     }
+}
+
+/// A service of customer C with states `s0`, `s1` and so on, and what an operator did to its sequence: what lies in Redis
+/// when one more state was asked for, and the answer.
+async fn state_after(spoil: &[&str]) -> (Contents, Contents, Found) {
+    let space = Space::new();
+    let (mut store, mut redis) = (store_of(&space), space.redis().await);
+    let asked = |state: &str| Asked::new(state, body(&[entry("C", "booking", state, "call")]));
+    for state in 0..5 {
+        found_one(&mut store, &asked(&format!("s{state}"))).await;
+    }
+    let before = Contents::read(&mut redis, &space.key_prefix).await;
+    let Keys { sequence, ids, .. } = asked("s0").keys(&space.key_prefix);
+    for command in spoil.iter().map(|command| command.replace("SEQ", &sequence).replace("IDS", &ids)) {
+        let words: Vec<_> = command.split(' ').collect();
+        redis::cmd(words[0]).arg(&words[1..]).exec_async(&mut redis).await.unwrap();
+    }
+    let found = found_one(&mut store, &asked("one more")).await;
+    assert_eq!(found_one(&mut store, &asked("one more")).await.state, found.state);
+    // What comes next is free, and known to be.
+    assert!(!found_one(&mut store, &asked("and one more")).await.sequence_moved, "{spoil:?}");
+    (before, Contents::read(&mut redis, &space.key_prefix).await, found)
+}
+
+#[tokio::test]
+async fn a_sequence_that_is_lost_or_set_back_overwrites_no_record_and_goes_on_beyond_all_ids() {
+    for spoil in [&["DEL SEQ"][..], &["SET SEQ 0"], &["SET SEQ 1"], &["SET SEQ 4"], &["DEL SEQ", "DEL IDS"]] {
+        let (before, after, found) = state_after(spoil).await;
+        assert!(found.sequence_moved && found.state.created && !found.service.created, "{spoil:?}: {found:?}");
+        let ((_, before), (_, after)) = (before.trees.iter().next().unwrap(), after.trees.iter().next().unwrap());
+        let given = before.keys().filter_map(|name| name.split_once('.')?.0.parse::<u64>().ok()).max().unwrap();
+        assert!(found.state.id > given && found.state.id < 1 << 53, "{spoil:?}: {found:?} follows {given}");
+        for (field, value) in before.iter().filter(|(field, _)| !field.ends_with(".updated")) {
+            assert_eq!(after.get(field), Some(value), "{spoil:?}: {field}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_lost_sequence_gives_no_service_the_id_of_another_of_its_bucket() {
+    let (space, of_type_a) = (Space::new(), |customer: &str| body(&[entry(customer, "a", "new", "call")]));
+    let (mut store, mut redis) = (store_of(&space), space.redis().await);
+    let (one, other) = (Asked::new("one", of_type_a("C1")), Asked::new("other", of_type_a("C8424")));
+    let keys = one.keys(&space.key_prefix);
+    assert_eq!(keys.sequence, other.keys(&space.key_prefix).sequence);
+    let first = found_one(&mut store, &one).await;
+    redis::cmd("DEL").arg(&keys.sequence).exec_async(&mut redis).await.unwrap();
+    let second = found_one(&mut store, &other).await;
+    assert!(second.sequence_moved && ids(&second).iter().all(|id| !ids(&first).contains(id)), "{second:?}");
+    let services = fields(&mut redis, &keys.ids).await;
+    assert_eq!(services[&first.service.id.to_string()], "//C1/a/");
+    assert_eq!(services[&second.service.id.to_string()], "//C8424/a/");
+}
+
+#[tokio::test]
+async fn a_sequence_that_cannot_be_moved_to_a_free_id_fails_its_entry_and_overwrites_nothing() {
+    let (space, asked) = (Space::new(), |state: &str| Asked::new(state, body(&[entry("C", "booking", state, "call")])));
+    let (mut store, mut redis) = (store_of(&space), space.redis().await);
+    let keys = asked("new").keys(&space.key_prefix);
+    redis::cmd("SET").arg(&keys.sequence).arg((1_u64 << 39) - 5).exec_async(&mut redis).await.unwrap();
+    found_one(&mut store, &asked("new")).await;
+    let tree = only_tree(&space).await;
+    redis::cmd("SET").arg(&keys.sequence).arg((1_u64 << 39) - 4).exec_async(&mut redis).await.unwrap();
+    let failure = results(&mut store, &[asked("busy")]).await.remove(0).unwrap_err();
+    assert!(failure.to_string().starts_with("BADSEQUENCE"), "{failure}");
+    assert_eq!(only_tree(&space).await, tree);
+}
+
+#[tokio::test]
+async fn a_lost_sequence_is_told_to_the_operator() {
+    let space = Space::new();
+    let worker = space.worker_with(&[crate::http::ANY_PORT]).await;
+    let mut client = space.client().await;
+    let asked = |state: &str| body(&[entry("C", "booking", state, "call")]);
+    client.request(asked("new")).await;
+    let Keys { sequence, .. } = Asked::new("", asked("new")).keys(&space.key_prefix);
+    redis::cmd("DEL").arg(&sequence).exec_async(&mut space.redis().await).await.unwrap();
+    assert_eq!(client.request(asked("busy")).await.created(0), [false, true, false]);
+    worker.says("the sequence of ids in Redis was lost or set back").await;
+    worker.says(&sequence).await;
+    let metrics = crate::http::get(&worker, "/metrics").await.body;
+    assert!(metrics.contains("composite_start_sequence_recoveries_total 1\n"), "{metrics}");
 }
 
 // ---- servers that let us down
