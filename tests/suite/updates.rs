@@ -171,7 +171,7 @@ fn update(id: &str) -> Asked {
 /// Merges at this time, or says that it was merged before.
 async fn is_repeat(store: &mut Store, id: &str, seconds: u64) -> bool {
     let prefix = store.key_prefix().to_owned();
-    ask(store, &prefix, &[update(id)], &at(seconds)).await.unwrap()[0].clone().unwrap().is_repeat
+    ask(store, &prefix, &[update(id)], &at(seconds)).await.unwrap()[0].unwrap().is_repeat
 }
 
 /// A store in which customer C has a service.
@@ -307,7 +307,7 @@ async fn the_bytes_of_a_token_across_two_others_are_not_taken_for_it() {
     }
     redis::cmd("HSET").arg(&tree).arg("recent").arg("odd").exec_async(&mut redis).await.unwrap();
     let prefix = &space.key_prefix;
-    let failure = ask(&mut store, prefix, &[asked], &at(0)).await.unwrap()[0].clone().unwrap_err();
+    let failure = ask(&mut store, prefix, &[asked], &at(0)).await.unwrap()[0].unwrap_err();
     assert!(failure.to_string().starts_with("BADTREE"), "{failure}");
 }
 
