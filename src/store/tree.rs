@@ -67,3 +67,26 @@ fn read_pointer(at: &str, pointer: &str) -> Option<Object> {
         data: BTreeMap::new(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// All pairs of objects and their data would take minutes.
+    #[test]
+    fn a_hundred_thousand_states_are_read_without_searching_all_for_each_datum() {
+        const STATES: u64 = 100_000;
+        let mut fields = BTreeMap::new();
+        for id in 1..=STATES {
+            fields.insert(format!("state:{id}"), format!("{id}:0123456789abcdef:2026-01-31T08:30:00.000Z"));
+            fields.insert(id.to_string(), format!("{{\"type\":{id}}}"));
+            fields.insert(format!("state:{id}/key"), id.to_string());
+        }
+        let begun = Instant::now();
+        let objects = read(&fields).unwrap();
+        assert_eq!(objects.len() as u64, STATES);
+        assert!(objects.iter().all(|object| object.data["key"] == object.id.to_string()));
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    }
+}

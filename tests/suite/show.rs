@@ -165,6 +165,35 @@ async fn a_record_that_someone_else_wrote_to_is_named_and_not_shown() {
     damaged().await;
 }
 
+/// The limit of a test is less than comparing all states with all data would take.
+#[tokio::test]
+async fn a_service_of_a_hundred_thousand_states_is_shown_in_time_that_grows_with_their_number() {
+    const STATES: u64 = 100_000;
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let id = space.client().await.request(body(&[entry("C1", "booking", "new", "call")])).await.ids(0)[0];
+    let mut redis = space.redis().await;
+    let trees: Vec<String> = redis.keys(format!("{}:*tree*", space.key_prefix)).await.unwrap();
+    let numbers: Vec<_> = (1..=STATES).collect();
+    for some in numbers.chunks(1000) {
+        let fields = some.iter().flat_map(|number| {
+            let state = (1 << 40) + number;
+            let pointer = format!("{state}:0123456789abcdef:2026-01-31T08:30:00.000Z");
+            let record = format!(r#"{{"type":{number},"started":{{}}}}"#);
+            [
+                (format!("state:{number}"), pointer),
+                (state.to_string(), record),
+                (format!("state:{number}/number"), number.to_string()),
+            ]
+        });
+        let _: () = redis.hset_multiple(&trees[0], &fields.collect::<Vec<_>>()).await.unwrap();
+    }
+    let shown = shown_json(&space, &[&id.to_string()]).await;
+    let states = shown["active_states"].as_array().unwrap();
+    assert_eq!(states.len() as u64, STATES + 1);
+    assert!(states[1..].iter().all(|state| state["number"] == state["state_type"]));
+}
+
 #[tokio::test]
 async fn it_may_do_nothing_but_read_and_needs_no_broker() {
     let space = Space::new();
