@@ -121,8 +121,8 @@ impl<'a> Request<'a> {
         check_content_type(message.content_type)?;
         check_content_encoding(message.content_encoding)?;
         let tenant = Tenant {
-            contact_center_id: header_text("ContactCenterId", &message.contact_center_id)?,
-            group_id: header_text("GroupId", &message.group_id)?,
+            contact_center_id: header_text("ContactCenterId", &message.contact_center_id, limits)?,
+            group_id: header_text("GroupId", &message.group_id, limits)?,
         };
         let entries = parse_body(message.body, limits)?;
         Ok(Self { tenant, entries })
@@ -133,9 +133,10 @@ fn check_content_type(content_type: Option<&str>) -> Result<(), Refusal> {
     let Some(content_type) = content_type.filter(|value| !value.is_empty()) else { return Ok(()) };
     let mut parts = content_type.split(';').map(str::trim);
     let is_json = parts.next().is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"));
-    let utf8_only = parts.all(|parameter| {
+    // Nothing stands behind the `;` that some clients end with.
+    let utf8_only = parts.filter(|parameter| !parameter.is_empty()).all(|parameter| {
         parameter.split_once('=').is_some_and(|(name, value)| {
-            name.trim().eq_ignore_ascii_case("charset") && value.trim().trim_matches('"').eq_ignore_ascii_case("utf-8")
+            name.trim().eq_ignore_ascii_case("charset") && is_utf8(value.trim().trim_matches('"'))
         })
     });
     if is_json && utf8_only {
@@ -147,7 +148,7 @@ fn check_content_type(content_type: Option<&str>) -> Result<(), Refusal> {
 fn check_content_encoding(content_encoding: Option<&str>) -> Result<(), Refusal> {
     match content_encoding {
         None | Some("") => Ok(()),
-        Some(value) if value.eq_ignore_ascii_case("utf-8") || value.eq_ignore_ascii_case("identity") => Ok(()),
+        Some(value) if is_utf8(value) || value.eq_ignore_ascii_case("identity") => Ok(()),
         Some(value) => Err(Refusal::unsupported(format!(
             "content_encoding: must be absent, utf-8 or identity, not {}",
             shown(value)
@@ -155,24 +156,58 @@ fn check_content_encoding(content_encoding: Option<&str>) -> Result<(), Refusal>
     }
 }
 
-fn header_text<'a>(name: &str, header: &Header<'a>) -> Result<Cow<'a, str>, Refusal> {
+/// The registered name, and the one that many clients use.
+fn is_utf8(charset: &str) -> bool {
+    charset.eq_ignore_ascii_case("utf-8") || charset.eq_ignore_ascii_case("utf8")
+}
+
+fn header_text<'a>(name: &str, header: &Header<'a>, limits: &Limits) -> Result<Cow<'a, str>, Refusal> {
     match header {
         Header::Absent => Ok(Cow::Borrowed("")),
-        Header::Text(text) => Ok(text.clone()),
+        Header::Text(text) => match check_name(text, limits) {
+            Ok(()) => Ok(text.clone()),
+            Err(rule) => Err(Refusal::invalid(format!("headers.{name}: {rule}"))),
+        },
         Header::NotText => Err(Refusal::invalid(format!("headers.{name}: must be a text in UTF-8 or an integer"))),
     }
+}
+
+/// Names become parts of Redis keys and field names, some of them once for each entry: a long one multiplies.
+fn check_name(name: &str, limits: &Limits) -> Result<(), String> {
+    if name.len() <= limits.name_bytes { Ok(()) } else { Err(format!("longer than {} bytes", limits.name_bytes)) }
 }
 
 fn parse_body<'a>(body: &'a [u8], limits: &Limits) -> Result<Vec<Entry<'a>>, Refusal> {
     if body.len() > limits.body_bytes {
         return Err(Refusal::too_large(format!("body: {} bytes, at most {} are taken", body.len(), limits.body_bytes)));
     }
-    let text = std::str::from_utf8(body)
-        .map_err(|error| Refusal::invalid(format!("body: not UTF-8 at byte {}", error.valid_up_to())))?;
+    let text = body_text(body)?;
     let mut door = Door { limits, place: Place::default(), expected: "an object", refusal: None };
     let mut json = serde_json::Deserializer::from_str(text);
     let parsed = BodySeed(&mut door).deserialize(&mut json).and_then(|entries| json.end().map(|()| entries));
     parsed.map_err(|error| door.refusal_for(&error))
+}
+
+/// The body as text, without the byte order mark that some programs begin a text with.
+fn body_text(body: &[u8]) -> Result<&str, Refusal> {
+    if let Some(encoding) = other_encoding(body) {
+        return Err(Refusal::invalid(format!("body: looks like {encoding}, must be UTF-8")));
+    }
+    let text = std::str::from_utf8(body)
+        .map_err(|error| Refusal::invalid(format!("body: not UTF-8 at byte {}", error.valid_up_to())))?;
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
+}
+
+/// A common encoding that is not UTF-8, by the byte order mark, or by the zeros beside the first character, which is ASCII
+/// in JSON.
+fn other_encoding(body: &[u8]) -> Option<&'static str> {
+    match body {
+        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32"),
+        [0, 0, 0, b'\t'..=b'~', ..] | [b'\t'..=b'~', 0, 0, 0, ..] => Some("UTF-32"),
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16"),
+        [0, b'\t'..=b'~', ..] | [b'\t'..=b'~', 0, ..] => Some("UTF-16"),
+        _ => None,
+    }
 }
 
 /// What the visitors below share: the limits, where they are, and the refusal one of them decided on.
@@ -377,8 +412,11 @@ impl<'de> Visitor<'de> for EntrySeed<'_, '_> {
     }
 }
 
-/// The original's own example sends the flag as text, its table says boolean: both are taken.
+/// The original's own example sends the flag as text, its table says boolean: both are taken; `null` is absent.
 fn parse_flag<E: serde::de::Error>(door: &mut Door<'_>, key: &str, value: &RawValue) -> Result<bool, E> {
+    if value.get() == "null" {
+        return Ok(false);
+    }
     let text = string_text(value.get()).ok().flatten().unwrap_or(Cow::Borrowed(value.get()));
     match &*text {
         "true" => Ok(true),
@@ -498,6 +536,7 @@ impl<'de> Visitor<'de> for ObjectSeed<'_, '_> {
         while let Some(Key(key)) = map.next_key()? {
             let value = map.next_value::<&'de RawValue>()?.get();
             let Some(position) = fields.iter().position(|(name, _)| *name == key) else {
+                check_name(&key, door.limits).map_err(|rule| door.refuse_key(&key, rule))?;
                 if is_deeper(value, door.limits.depth.saturating_sub(ENTRY_DEPTH)) {
                     let rule = format!("nested deeper than {} levels", door.limits.depth);
                     return Err(door.refuse_key(&key, rule));
@@ -512,6 +551,8 @@ impl<'de> Visitor<'de> for ObjectSeed<'_, '_> {
             let (name, rule) = fields[position];
             if value != "null" {
                 object.take(name, rule, value).map_err(|broken| door.refuse_key(name, broken))?;
+                let identifier = object.identifier(rule);
+                check_name(identifier, door.limits).map_err(|broken| door.refuse_key(name, broken))?;
             }
         }
         if let Some(key) = key_given_twice(&object.event.data) {
@@ -570,6 +611,16 @@ impl<'a> Object<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The text that `rule` has made a part of the service's identity or of what the object is looked for by, if any.
+    fn identifier(&self, rule: Rule) -> &str {
+        match rule {
+            Rule::Type => &self.event.type_name,
+            Rule::CustomerId => &self.customer_id,
+            Rule::ContactKey => &self.contact_key,
+            Rule::Timestamp | Rule::TextOrNumber | Rule::TextOrInteger | Rule::Integer | Rule::StateId => "",
+        }
     }
 }
 

@@ -120,6 +120,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// Levels of brackets and braces in one body.
     pub depth: usize,
+    /// Bytes of one name: a type, a key of attached data, a part of the identity.
+    pub name_bytes: usize,
 }
 
 /// `worker.*`
@@ -316,6 +318,7 @@ impl Settings {
         check_range("limits.entries", self.limits.entries, 1, 10_000)?;
         check_range("limits.body_bytes", self.limits.body_bytes, 64, 128 * 1024 * 1024)?;
         check_range("limits.depth", self.limits.depth, 4, 10_000)?;
+        check_range("limits.name_bytes", self.limits.name_bytes, 1, 1024)?;
         check_range("worker.drain_seconds", self.worker.drain_seconds, 1, 3600)?;
         check_range("worker.hold_seconds", self.worker.hold_seconds, 1, 1500)?;
         check_range("worker.lanes", self.worker.lanes, 1, 64)?;
@@ -671,6 +674,7 @@ mod tests {
             ("[store]\non_found = \"overwrite\"", &[], "store.on_found"),
             ("[reply]\nbase_uri = \"/x/\"", &[], "reply.base_uri"),
             ("[limits]\nentries = 0", &[], "limits.entries"),
+            ("[limits]\nname_bytes = 1025", &[], "limits.name_bytes: must be 1 to 1024, not 1025"),
             ("[worker]\ndrain_seconds = 0", &[], "worker.drain_seconds"),
             ("[worker]\nlanes = 0", &[], "worker.lanes"),
             ("[worker]\nlanes = 65", &[], "worker.lanes"),

@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 /// Low enough that an input of some kilobytes reaches each of them.
-pub const LIMITS: Limits = Limits { entries: 8, body_bytes: 3500, depth: 16 };
+pub const LIMITS: Limits = Limits { entries: 8, body_bytes: 3500, depth: 16, name_bytes: 512 };
 
 /// A message of `body` that its properties say nothing against.
 pub fn plain(body: &[u8]) -> Message<'_> {

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use std::time::{Duration, Instant};
 
-const LIMITS: Limits = Limits { entries: 100, body_bytes: 1024 * 1024, depth: 128 };
+const LIMITS: Limits = Limits { entries: 100, body_bytes: 1024 * 1024, depth: 128, name_bytes: 512 };
 const PUBLISHED: &str = include_str!("../../examples/composite-start.json");
 
 fn message(body: &[u8]) -> Message<'_> {
@@ -101,7 +101,11 @@ fn a_body_that_is_not_a_request_is_told_where_and_why() {
         (" \n", "body: not JSON: EOF while parsing"),
         ("{", "body: not JSON: EOF while parsing"),
         ("nul", "body: not JSON: "),
-        ("\u{feff}{}", "body: not JSON: expected value at line 1 column 1"),
+        ("\u{feff}", "body: not JSON: EOF while parsing"),
+        ("\u{feff}{}", "services: required"),
+        ("\u{feff}\u{feff}{}", "body: not JSON: expected value at line 1 column 1"),
+        (" \u{feff}{}", "body: not JSON: expected value at line 1 column 2"),
+        ("{\u{feff}}", "body: not JSON: "),
         (r#"{"services":[],}"#, "services: at least one entry"),
         ("null", "body: must be an object"),
         ("[]", "body: must be an object"),
@@ -159,10 +163,46 @@ fn what_stands_behind_a_request_is_refused_unless_it_is_white() {
 #[test]
 fn a_body_that_is_not_utf_8_is_told_at_which_byte() {
     assert_eq!(refused(b"{\"services\":\xff}"), "body: not UTF-8 at byte 12");
-    assert_eq!(refused(b"\xff\xfe{\0"), "body: not UTF-8 at byte 0");
+    assert_eq!(refused(b"\xff\xff{\0"), "body: not UTF-8 at byte 0");
     let cut = with("state", r#""a":"é""#).into_bytes();
     let lead = cut.iter().position(|byte| *byte == 0xc3).unwrap();
     assert_eq!(refused(&cut[..=lead]), format!("body: not UTF-8 at byte {lead}"));
+}
+
+#[test]
+fn a_byte_order_mark_before_the_body_is_skipped() {
+    let body = format!("\u{feff}{}", with("state", "\"\u{feff}a\":\"\u{feff}\""));
+    let request = taken(&body);
+    assert_eq!(request.entries[0].state.data, [("\u{feff}a".into(), "\"\u{feff}\"")]);
+    taken(&format!("\u{feff}\n{PUBLISHED}"));
+}
+
+#[test]
+fn a_body_in_a_common_encoding_other_than_utf_8_is_told_which() {
+    type ToBytes<const N: usize> = fn(u32) -> [u8; N];
+    fn encoded<const N: usize>(text: &str, to_bytes: ToBytes<N>) -> Vec<u8> {
+        let units: Vec<u32> = match N {
+            2 => text.encode_utf16().map(u32::from).collect(),
+            _ => text.chars().map(u32::from).collect(),
+        };
+        units.into_iter().flat_map(to_bytes).collect()
+    }
+    let utf_16: [ToBytes<2>; 2] = [|unit| [(unit >> 8) as u8, unit as u8], |unit| [unit as u8, (unit >> 8) as u8]];
+    let utf_32: [ToBytes<4>; 2] = [u32::to_be_bytes, u32::to_le_bytes];
+    for mark in ["", "\u{feff}"] {
+        for text in [PUBLISHED, "{}", "\n[1]", "7", r#"{"é":"日本"}"#] {
+            let text = format!("{mark}{text}");
+            for to_bytes in utf_16 {
+                assert_eq!(refused(encoded(&text, to_bytes)), "body: looks like UTF-16, must be UTF-8");
+            }
+            for to_bytes in utf_32 {
+                assert_eq!(refused(encoded(&text, to_bytes)), "body: looks like UTF-32, must be UTF-8");
+            }
+        }
+    }
+    for binary in [&b"\0"[..], b"\0\0", b"\0\0\0\0", b"\x01\0\0\0", b"\xef\xbb\xbf\0{"] {
+        assert!(refused(binary).starts_with("body: not JSON: "), "{binary:?}");
+    }
 }
 
 #[test]
@@ -260,12 +300,17 @@ fn the_type_of_each_object_is_a_text_that_is_not_empty_or_an_integer() {
 fn the_association_is_a_boolean_or_its_text_and_false_unless_given() {
     let body =
         |flag: &str| with("task", "\"a\":1").replace("}}]}", &format!("}},\"associate_state_task\":{flag}}}]}}"));
-    for (flag, associates) in
-        [("true", true), (r#""true""#, true), (r#""tru\u0065""#, true), ("false", false), (r#""false""#, false)]
-    {
+    for (flag, associates) in [
+        ("true", true),
+        (r#""true""#, true),
+        (r#""tru\u0065""#, true),
+        ("false", false),
+        ("null", false),
+        (r#""false""#, false),
+    ] {
         assert_eq!(taken(&body(flag)).entries[0].associate_state_task, associates, "{flag}");
     }
-    for flag in ["1", "0", "null", r#""True""#, r#""""#, r#"" true""#, "[]", "{}", "[[[true]]]"] {
+    for flag in ["1", "0", r#""null""#, r#""True""#, r#""""#, r#"" true""#, "[]", "{}", "[[[true]]]"] {
         assert_eq!(refused(body(flag)), "services[0].associate_state_task: must be true or false", "{flag}");
     }
 }
@@ -457,6 +502,61 @@ fn the_limits_hold_to_the_entry_and_to_the_byte() {
     assert_eq!(refusal(&message(&garbage)).exception, Exception::RequestTooLarge);
 }
 
+/// Names, and what each stands between in a body or a header: all become parts of keys.
+#[test]
+fn a_name_is_taken_up_to_its_limit_in_bytes_wherever_it_stands() {
+    const LIMIT: usize = LIMITS.name_bytes;
+    const TOLD: &str = "longer than 512 bytes";
+    let with_name = |field: &str, json: &str| match field {
+        "service_type" => one(&format!(r#""customer_id":1,"service_type":{json}"#), STATE_FIELDS, TASK_FIELDS),
+        "state_type" => one(SERVICE_FIELDS, &format!(r#""state_type":{json}"#), TASK_FIELDS),
+        "task_type" => one(SERVICE_FIELDS, STATE_FIELDS, &format!(r#""task_type":{json}"#)),
+        id => one(&format!(r#""service_type":1,"{id}":{json}"#), STATE_FIELDS, TASK_FIELDS),
+    };
+    let fields = [
+        ("service", "service_type"),
+        ("service", "customer_id"),
+        ("service", "contact_key"),
+        ("state", "state_type"),
+        ("task", "task_type"),
+    ];
+    let names = ["x".repeat(LIMIT + 1), format!("{}y", "é".repeat(LIMIT / 2)), r"\u0061".repeat(LIMIT + 1)];
+    let digits = "9".repeat(LIMIT + 1);
+    for (part, field) in fields {
+        for too_long in names.iter().map(|name| format!("\"{name}\"")).chain([digits.clone()]) {
+            assert_eq!(refused(with_name(field, &too_long)), format!("services[0].{part}.{field}: {TOLD}"));
+        }
+        for fits in ["x".repeat(LIMIT), "é".repeat(LIMIT / 2), r"\u0061".repeat(LIMIT)] {
+            taken(&with_name(field, &format!("\"{fits}\"")));
+        }
+        taken(&with_name(field, &digits[..LIMIT]));
+    }
+    for part in EVERYWHERE {
+        let shown = ["x".repeat(64), "é".repeat(64), "a".repeat(64)];
+        for (name, shown) in names.iter().zip(shown) {
+            let told = refused(with(part, &format!(r#""{name}":1"#)));
+            assert_eq!(told, format!("services[0].{part}[\"{shown}…\"]: {TOLD}"));
+        }
+        let nested = "k".repeat(10 * LIMIT);
+        taken(&with(part, &format!(r#""{}":{{"{nested}":1}}"#, "x".repeat(LIMIT))));
+    }
+}
+
+#[test]
+fn a_tenant_is_taken_up_to_the_limit_of_names() {
+    let body = with("state", r#""a":1"#);
+    let told = |contact_center_id: &str, group_id: &str| {
+        let text = |text: &str| Header::Text(Cow::Owned(text.to_owned()));
+        let (contact_center_id, group_id) = (text(contact_center_id), text(group_id));
+        let message = Message { contact_center_id, group_id, ..message(body.as_bytes()) };
+        Request::parse(&message, &LIMITS).map(drop).map_err(|refusal| refusal.message)
+    };
+    let (fits, long) = ("x".repeat(512), "é".repeat(257));
+    assert_eq!(told(&fits, &fits), Ok(()));
+    assert_eq!(told(&long, &fits), Err("headers.ContactCenterId: longer than 512 bytes".into()));
+    assert_eq!(told(&fits, &long), Err("headers.GroupId: longer than 512 bytes".into()));
+}
+
 #[test]
 fn the_depth_limit_counts_from_the_outermost_brace() {
     let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
@@ -506,6 +606,12 @@ fn content_types_other_than_json_in_utf_8_are_refused() {
         "application/json;charset=utf-8",
         "application/json ; Charset = UTF-8",
         "application/json; charset=\"utf-8\"",
+        "application/json;charset=utf8",
+        "application/json; charset=\"UTF8\"",
+        "application/json;",
+        "application/json ; ",
+        "application/json;;",
+        "application/json; ;charset=utf8;",
     ];
     for content_type in taken {
         assert_eq!(told(content_type), Ok(()), "{content_type}");
@@ -517,7 +623,12 @@ fn content_types_other_than_json_in_utf_8_are_refused() {
         "json",
         " ",
         "text/plain; charset=utf-8",
+        ";",
+        "; charset=utf-8",
         "application/json; charset=latin1",
+        "application/json; charset=utf-8; charset=latin1",
+        "application/json; charset=utf88",
+        "application/json; charset=",
         "application/json; charset",
         "application/json; q=1",
         "application/xml\nx",
@@ -533,10 +644,10 @@ fn content_types_other_than_json_in_utf_8_are_refused() {
 fn content_encodings_other_than_none_are_refused() {
     let body = with("state", r#""a":1"#);
     let encoded = |encoding| Message { content_encoding: Some(encoding), ..message(body.as_bytes()) };
-    for encoding in ["", "utf-8", "UTF-8", "identity"] {
+    for encoding in ["", "utf-8", "UTF-8", "utf8", "UTF8", "identity"] {
         assert!(Request::parse(&encoded(encoding), &LIMITS).is_ok(), "{encoding}");
     }
-    for encoding in ["gzip", "deflate", "utf-16", "utf8", " "] {
+    for encoding in ["gzip", "deflate", "utf-16", "utf88", " "] {
         let told = format!("content_encoding: must be absent, utf-8 or identity, not {encoding:?}");
         assert_eq!(refusal(&encoded(encoding)), Refusal::unsupported(told));
     }

@@ -31,6 +31,8 @@ async fn a_body_that_breaks_a_rule_is_refused_with_400_and_its_path() {
         (b"".to_vec(), "body: not JSON"),
         (b"hello".to_vec(), "body: not JSON"),
         (b"\x1f\x8b\x08".to_vec(), "body: not UTF-8 at byte 1"),
+        (b"\xff\xfe{\0}\0".to_vec(), "body: looks like UTF-16, must be UTF-8"),
+        (b"\0{\0}".to_vec(), "body: looks like UTF-16, must be UTF-8"),
         (b"{}".to_vec(), "services: required"),
         (br#"{"services":[]}"#.to_vec(), "services: at least one entry"),
         (br#"{"services":[],"x":1}"#.to_vec(), "services: at least one entry"),
@@ -81,16 +83,23 @@ async fn a_request_over_a_limit_is_refused_with_413() {
 #[tokio::test]
 async fn the_limits_are_those_of_the_settings() {
     let space = Space::new();
-    let settings = [("limits.entries", "2"), ("limits.body_bytes", "400"), ("limits.depth", "5")];
+    let names = ("limits.name_bytes", "3");
+    let settings = [("limits.entries", "2"), ("limits.body_bytes", "400"), ("limits.depth", "5"), names];
     let _worker = space.worker_with(&settings).await;
     let mut client = space.client().await;
     let good = entry("C", "t", "s", "k");
     let with = |data: &str| body(&[good.replace("{\"task_type", &format!("{{\"a\":{data},\"task_type"))]);
     assert_eq!(client.request(body(&[good.clone(), good.clone()])).await.status, 200);
     assert_eq!(client.request(with("[1]")).await.status, 200);
+    assert_eq!(client.request(body(&[entry("é1", "ttt", "123", "k")])).await.status, 200);
     let refused = [
         (body(&[good.clone(), good.clone(), good.clone()]), (413, "RequestTooLarge", "services: at most 2 entries")),
         (with(&" ".repeat(400)), (413, "RequestTooLarge", "body: ")),
+        (
+            body(&[entry("éé", "t", "s", "k")]),
+            (400, "InvalidRequest", "services[0].service.customer_id: longer than 3"),
+        ),
+        (with("1,\"long\":1"), (400, "InvalidRequest", "services[0].task.long: longer than 3 bytes")),
         (with("[[1]]"), (400, "InvalidRequest", "services[0].task.a: nested deeper than 5 levels")),
     ];
     for (body, told) in refused {
@@ -119,7 +128,10 @@ async fn another_content_type_or_encoding_is_refused_with_415() {
         typed(""),
         typed("application/json"),
         typed("application/json; charset=UTF-8"),
+        typed("application/json; charset=utf8"),
+        typed("application/json;"),
         encoded("utf-8"),
+        encoded("utf8"),
         encoded("identity"),
     ];
     for properties in taken {
@@ -168,4 +180,17 @@ async fn a_tenant_header_is_a_text_or_an_integer_and_anything_else_is_refused() 
         }
         assert_eq!(taken, [[true; 3], [false; 3], [false; 3], [false; 3]], "an integer is its text");
     }
+}
+
+#[tokio::test]
+async fn a_byte_order_mark_before_a_request_is_skipped_and_a_flag_of_null_is_absent() {
+    let space = Space::new();
+    let _worker = space.worker().await;
+    let mut client = space.client().await;
+    let request = body(&[entry("C", "t", "s", "k").replacen('{', r#"{"associate_state_task":null,"#, 1)]);
+    let outgoing = client.outgoing(format!("\u{feff}{request}"));
+    let first = client.exchange(&outgoing).await;
+    assert_eq!(first.created(0), [true; 3]);
+    assert_eq!(client.exchange(&outgoing).await.body, first.body, "a repeat is the same body under the same name");
+    assert_eq!(client.request(request).await.ids(0), first.ids(0));
 }

@@ -49,7 +49,7 @@ impl Asked {
             group_id: Header::Absent,
             unreadable_properties: None,
         };
-        let limits = Limits { entries: 100, body_bytes: 2 * MEBIBYTE, depth: 128 };
+        let limits = Limits { entries: 100, body_bytes: 2 * MEBIBYTE, depth: 128, name_bytes: 512 };
         Request::parse(&message, &limits).unwrap()
     }
 

@@ -2,8 +2,8 @@
 //! refuses. Each disagreement would be a client that trusts the schema and is told no, or a rule that the schema hides.
 //!
 //! Bodies are made of JSON values, so that none of them holds what no schema can tell, and asyncapi.yaml says in words: a
-//! key twice, half of a surrogate pair, more bytes or levels than are taken, `4.0` for an integer (every fraction here is
-//! one), a day that is not in the calendar.
+//! key twice, half of a surrogate pair, more bytes or levels than are taken (a name's limit is in bytes, a schema's in
+//! characters), `4.0` for an integer (every fraction here is one), a day that is not in the calendar.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,9 +19,10 @@ const BODIES: u32 = 3000;
 /// A smaller part of taken or refused bodies would prove little of the other direction.
 const LEAST_PERCENT: u32 = 20;
 /// Every rule that a schema can tell, as it ends a refusal: each must be among those that were broken.
-const RULES: [&str; 13] = [
+const RULES: [&str; 14] = [
     "at least one entry is required",
     "at most 100 entries are taken",
+    "longer than 512 bytes",
     "must be a UTC time like 2026-01-31T08:30:00.000Z",
     "must be a text or a number",
     "must be a text or an integer",
@@ -79,6 +80,7 @@ fn values() -> Vec<Value> {
         json!({"a": 1}),
     ];
     values.extend(["", " ", "x", "é\n", "4", "true", "false", "True", "null"].map(Value::from));
+    values.extend([LIMITS.name_bytes, LIMITS.name_bytes + 1].map(|length| Value::from("n".repeat(length))));
     values.extend(TIMES.map(Value::from));
     values.extend(NO_TIMES.map(Value::from));
     values
@@ -124,7 +126,8 @@ fn any_value() -> impl Strategy<Value = Value> {
 fn any_key() -> impl Strategy<Value = String> {
     let known = OBJECTS.iter().flat_map(|object| object.fields).map(|(name, _)| *name);
     let outer = ["services", "service", "state", "task", "associate_state_task", "Services", "tasks", "note", ""];
-    prop::sample::select(known.chain(outer).map(str::to_owned).collect::<Vec<_>>())
+    let long = [LIMITS.name_bytes, LIMITS.name_bytes + 1].map(|length| "k".repeat(length));
+    prop::sample::select(known.chain(outer).map(str::to_owned).chain(long).collect::<Vec<_>>())
 }
 
 fn good_value(rule: Rule) -> BoxedStrategy<Value> {
@@ -153,7 +156,7 @@ fn good_object(object: &'static ObjectKind) -> impl Strategy<Value = Value> {
 }
 
 fn good_entry() -> impl Strategy<Value = Value> {
-    let flag = prop::sample::select(vec![json!(true), json!(false), json!("true"), json!("false")]);
+    let flag = prop::sample::select(vec![json!(true), json!(false), json!("true"), json!("false"), json!(null)]);
     let task = prop::option::of(prop_oneof![4 => good_object(&TASK), 1 => Just(Value::Null)]);
     let parts = (good_object(&SERVICE), any::<bool>(), good_object(&STATE), task, prop::option::of(flag));
     parts.prop_map(|(mut service, has_customer, state, task, flag)| {
