@@ -202,10 +202,10 @@ fn body_text(body: &[u8]) -> Result<&str, Refusal> {
 /// in JSON.
 fn other_encoding(body: &[u8]) -> Option<&'static str> {
     match body {
-        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32"),
-        [0, 0, 0, b'\t'..=b'~', ..] | [b'\t'..=b'~', 0, 0, 0, ..] => Some("UTF-32"),
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16"),
-        [0, b'\t'..=b'~', ..] | [b'\t'..=b'~', 0, ..] => Some("UTF-16"),
+        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] | [0, 0, 0, b'\t'..=b'~', ..] | [b'\t'..=b'~', 0, 0, 0, ..] => {
+            Some("UTF-32")
+        }
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, b'\t'..=b'~', ..] | [b'\t'..=b'~', 0, ..] => Some("UTF-16"),
         _ => None,
     }
 }

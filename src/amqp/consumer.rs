@@ -12,6 +12,10 @@ use super::delivery::Delivery;
 use super::topology::Names;
 use super::{ANSWER_LIMIT, BrokerError, within};
 
+/// Bytes of bodies in one batch beyond its last request, at most. What is made of a batch takes many times the memory of its
+/// bodies, so a batch is small; hundreds of common requests are smaller than this.
+const BATCH_BYTES: usize = 512 * 1024;
+
 /// A consumer of the request queue.
 pub struct Consumer {
     channel: Channel,
@@ -46,22 +50,26 @@ impl Consumer {
         Acknowledger::new(self.channel.clone())
     }
 
-    /// Waits for a delivery, and takes with it all that have arrived by then, `limit` at most. A lone request is
-    /// handed out at once. `None` after [`Consumer::cancel`], once everything that had been delivered is handed out.
+    /// Waits for a delivery, and takes with it all that have arrived by then, `limit` and `BATCH_BYTES` at most. A lone
+    /// request is handed out at once. `None` after [`Consumer::cancel`], once everything that had been delivered is handed out.
     ///
     /// Nothing is lost if the future is dropped while it waits.
     pub async fn next_batch(&mut self, limit: usize) -> Result<Option<Vec<Delivery>>, BrokerError> {
         let Some(first) = self.stream.next().await else { return Ok(None) };
-        let mut batch = vec![Delivery::new(first.map_err(consuming)?, &self.allowance)];
+        let mut batch = vec![Delivery::new(first.map_err(consuming)?, self.allowance.next_share())];
         self.arrived(limit, &mut batch)?;
         Ok(Some(batch))
     }
 
-    /// Adds to `batch` what has arrived by now, up to `limit`; waits for nothing.
+    /// Adds to `batch` what has arrived by now, up to `limit` and `BATCH_BYTES`; waits for nothing.
     pub fn arrived(&mut self, limit: usize, batch: &mut Vec<Delivery>) -> Result<(), BrokerError> {
-        while batch.len() < limit {
+        let mut bytes: usize = batch.iter().map(|delivery| delivery.body().len()).sum();
+        while batch.len() < limit && bytes < BATCH_BYTES {
             match self.stream.next().now_or_never() {
-                Some(Some(Ok(delivery))) => batch.push(Delivery::new(delivery, &self.allowance)),
+                Some(Some(Ok(delivery))) => {
+                    bytes += delivery.data.len();
+                    batch.push(Delivery::new(delivery, self.allowance.next_share()));
+                }
                 Some(Some(Err(error))) => return Err(consuming(error)),
                 // The end of the stream is met again by the next call.
                 Some(None) | None => break,

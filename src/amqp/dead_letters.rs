@@ -164,7 +164,7 @@ impl DeadLetters {
         let Some(got) = within(ANSWER_LIMIT, format!("look at queue {}", self.queue()), got).await? else {
             return Ok(None);
         };
-        let (left, delivery) = (got.message_count, Delivery::new(got.delivery, &Allowance::unlimited()));
+        let (left, delivery) = (got.message_count, Delivery::new(got.delivery, Allowance::unlimited().next_share()));
         Ok(Some((DeadLetter { position, bytes: delivery.body().len(), delivery }, left)))
     }
 

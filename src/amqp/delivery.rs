@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use super::allowance::{Allowance, Share};
+use super::allowance::Share;
 use super::frame_guard::UNREADABLE;
 use super::publisher::properties_of_a_copy;
 use crate::request::{Header, Message};
@@ -16,7 +16,7 @@ use crate::traces::TraceHeaders;
 #[derive(Debug)]
 pub struct Delivery {
     delivery: lapin::message::Delivery,
-    _share: Share,
+    share: Share,
 }
 
 /// The `delivery_mode` of a message that outlives a restart of the broker.
@@ -29,13 +29,19 @@ const NOT_IN_A_COPY: [&str; 4] = ["x-delivery-count", "x-acquired-count", "CC", 
 #[cfg(fuzzing)]
 impl From<lapin::message::Delivery> for Delivery {
     fn from(delivery: lapin::message::Delivery) -> Self {
-        Self::new(delivery, &Allowance::unlimited())
+        Self::new(delivery, super::allowance::Allowance::unlimited().next_share())
     }
 }
 
 impl Delivery {
-    pub(super) fn new(delivery: lapin::message::Delivery, allowance: &Allowance) -> Self {
-        Self { _share: allowance.share(delivery.data.len()), delivery }
+    /// `share` is what it has of the memory for requests.
+    pub(super) fn new(delivery: lapin::message::Delivery, share: Share) -> Self {
+        Self { delivery, share }
+    }
+
+    /// What it has of the memory for requests.
+    pub(super) fn share(&self) -> &Share {
+        &self.share
     }
 
     /// The message, borrowed from the delivery.

@@ -31,7 +31,7 @@ use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::{Stream, TryFutureExt};
 use lapin::AsyncTcpStream;
 
-use super::allowance::Allowance;
+use super::allowance::{Allowance, message_bytes};
 use super::cork::Cork;
 use super::greeting::Greeting;
 use super::lifeline::Lifeline;
@@ -263,20 +263,17 @@ impl Buffer {
                 return;
             }
             let payload = self.looked + FrameHead::BYTES..self.looked + frame.whole - 1;
-            if frame.kind == FrameHead::CONTENT_HEADER {
-                let message_bytes = ContentHeader(&self.bytes[payload.clone()]).body_bytes();
-                if !self.allowance.take(message_bytes) {
-                    self.has_message_waiting = true;
-                    return;
-                }
-            }
-            self.looked += match frame.kind {
-                FrameHead::METHOD => {
-                    self.look_at_method(payload);
-                    frame.whole
-                }
-                _ => self.mend_content_header(frame, payload),
+            let whole = if frame.kind == FrameHead::METHOD {
+                self.look_at_method(payload);
+                Some(frame.whole)
+            } else {
+                self.look_at_content_header(frame, payload)
             };
+            let Some(whole) = whole else {
+                self.has_message_waiting = true;
+                return;
+            };
+            self.looked += whole;
         }
     }
 
@@ -295,15 +292,28 @@ impl Buffer {
         }
     }
 
-    /// Replaces a content header that could not be read; the length of the frame that now stands there.
-    fn mend_content_header(&mut self, frame: FrameHead, payload: Range<usize>) -> usize {
-        let Err(reason) = ContentHeader(&self.bytes[payload.clone()]).check() else { return frame.whole };
-        let replacement = replacement(frame.channel, &self.bytes[payload], &reason);
-        let length = replacement.len();
-        self.bytes.splice(self.looked..self.looked + frame.whole, replacement);
-        self.end = self.end + length - frame.whole;
-        // Room for the next read is made by `room`.
-        length
+    /// Takes what the message needs of the allowance, and replaces a content header that could not be read. The length of the
+    /// frame that now stands there, or nothing if the allowance does not cover the message now.
+    fn look_at_content_header(&mut self, frame: FrameHead, payload: Range<usize>) -> Option<usize> {
+        let header = ContentHeader(&self.bytes[payload.clone()]);
+        match header.check() {
+            Ok(values) => {
+                let bytes = message_bytes(header.body_bytes(), payload.len(), values);
+                self.allowance.take(bytes).then_some(frame.whole)
+            }
+            Err(reason) => {
+                let bytes = message_bytes(header.body_bytes(), reason.len(), 1);
+                let replacement = replacement(frame.channel, &self.bytes[payload], &reason);
+                let length = replacement.len();
+                if !self.allowance.take(bytes) {
+                    return None;
+                }
+                self.bytes.splice(self.looked..self.looked + frame.whole, replacement);
+                self.end = self.end + length - frame.whole;
+                // Room for the next read is made by `room`.
+                Some(length)
+            }
+        }
     }
 }
 
@@ -386,27 +396,28 @@ impl ContentHeader<'_> {
         usize::try_from(u64::from_be_bytes(bytes)).unwrap_or(usize::MAX)
     }
 
-    /// Whether lapin can read it, and if not, what is wrong.
-    fn check(&self) -> Result<(), String> {
+    /// How many values its headers have if lapin can read it, and if not, what is wrong.
+    fn check(&self) -> Result<usize, String> {
         if self.0.len() > LARGEST_PROPERTIES {
             return Err(format!("{} bytes, at most {LARGEST_PROPERTIES} are taken", self.0.len()));
         }
         let flags = self.0.get(Self::FLAGS).ok_or("cut short")?;
         let flags = u16::from_be_bytes([flags[0], flags[1]]);
         let mut rest = Rest(&self.0[Self::FLAGS.end..]);
+        let mut values = 0;
         for (bit, (name, kind)) in (0..PROPERTIES.len()).zip(&PROPERTIES) {
             if flags & (1 << (15 - bit)) == 0 {
                 continue;
             }
             let checked = match kind {
                 Kind::ShortString => rest.short_string(),
-                Kind::Table => rest.table(0),
+                Kind::Table => rest.table(0, &mut values),
                 Kind::Bytes(count) => rest.take(*count).map(drop),
             };
             checked.map_err(|reason| format!("{name} {reason}"))?;
         }
         let has_unknown_flags = flags & 0b11 != 0;
-        if has_unknown_flags || !rest.0.is_empty() { Err("of unknown kind".to_owned()) } else { Ok(()) }
+        if has_unknown_flags || !rest.0.is_empty() { Err("of unknown kind".to_owned()) } else { Ok(values) }
     }
 }
 
@@ -437,22 +448,24 @@ impl<'a> Rest<'a> {
         std::str::from_utf8(self.take(length.into())?).map(drop).map_err(|_| "is not UTF-8")
     }
 
-    fn table(&mut self, depth: usize) -> Result<(), &'static str> {
+    /// Adds the number of values in it to `values`.
+    fn table(&mut self, depth: usize, values: &mut usize) -> Result<(), &'static str> {
         let mut entries = self.sized()?;
         while !entries.0.is_empty() {
             entries
                 .short_string()
                 .map_err(|reason| if reason == CUT_SHORT { reason } else { "has a key that is not UTF-8" })?;
-            entries.value(depth)?;
+            entries.value(depth, values)?;
         }
         Ok(())
     }
 
     /// The recursion ends at [`DEEPEST_HEADERS`].
-    fn value(&mut self, depth: usize) -> Result<(), &'static str> {
+    fn value(&mut self, depth: usize, values: &mut usize) -> Result<(), &'static str> {
         if depth == DEEPEST_HEADERS {
             return Err("nests too deep");
         }
+        *values += 1;
         match self.byte()? {
             b'V' => Ok(()),
             b't' | b'b' | b'B' => self.take(1).map(drop),
@@ -461,11 +474,11 @@ impl<'a> Rest<'a> {
             b'D' => self.take(5).map(drop),
             b'L' | b'l' | b'd' | b'T' => self.take(8).map(drop),
             b'S' | b'x' => self.sized().map(drop),
-            b'F' => self.table(depth + 1),
+            b'F' => self.table(depth + 1, values),
             b'A' => {
-                let mut values = self.sized()?;
-                while !values.0.is_empty() {
-                    values.value(depth + 1)?;
+                let mut elements = self.sized()?;
+                while !elements.0.is_empty() {
+                    elements.value(depth + 1, values)?;
                 }
                 Ok(())
             }

@@ -20,6 +20,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use tokio::sync::watch;
 
+use super::allowance::Share;
 use super::cork::Cork;
 use super::delivery::Delivery;
 use super::reply_address::is_direct;
@@ -31,6 +32,9 @@ use crate::traces::TraceContext;
 
 /// Headers by which the trace of a request goes on in its reply (W3C Trace Context).
 const TRACE_HEADERS: [&str; 2] = ["traceparent", "tracestate"];
+
+/// Bytes that a reply may have in memory without being charged for them: most replies are smaller.
+const UNCHARGED_REPLY: usize = 2 * 1024;
 
 /// Publishes on one connection at a time.
 #[derive(Clone)]
@@ -72,20 +76,29 @@ pub enum Fate {
 
 /// A publication under way: its frames are queued for sending; it ends with the broker's word. Small, since it is moved
 /// for each reply: lapin's own word has room for a whole returned message.
-pub struct Publication<'a, T = Fate>(MaybeDone<BoxFuture<'a, Result<T, BrokerError>>>);
+pub struct Publication<'a, T = Fate> {
+    published: MaybeDone<BoxFuture<'a, Result<T, BrokerError>>>,
+    /// What it has of the memory for requests.
+    _share: Option<Share>,
+}
 
 impl<'a, T> Publication<'a, T> {
     /// Polls it once: its frames are with lapin then, in the order of the calls. Many started before one is waited for
     /// travel together; one at a time would pay for a thread hop each.
     pub(super) fn start(published: impl Future<Output = Result<T, BrokerError>> + Send + 'a) -> Self {
-        let mut publication = Self(maybe_done(Box::pin(published)));
+        let mut publication = Self { published: maybe_done(Box::pin(published)), _share: None };
         let _ = publication.heard().now_or_never();
         publication
     }
 
+    /// Charges it to the memory for requests until it is done with.
+    fn charged(self, share: Share) -> Self {
+        Self { _share: Some(share), ..self }
+    }
+
     /// Waits for the broker's word. The caller sets the limit.
     pub async fn heard(&mut self) {
-        Pin::new(&mut self.0).await;
+        Pin::new(&mut self.published).await;
     }
 
     /// Whether the broker's word is there already.
@@ -100,7 +113,7 @@ impl<'a, T> Publication<'a, T> {
 
     /// The broker's word, once it is heard.
     fn fate_now(&mut self) -> Result<T, BrokerError> {
-        Pin::new(&mut self.0).take_output().expect("it was heard, and is told once")
+        Pin::new(&mut self.published).take_output().expect("it was heard, and is told once")
     }
 
     /// Waits for the broker's word, and tells it. The caller sets the limit.
@@ -271,6 +284,7 @@ impl Publisher {
         let properties = properties_of_a_copy(request.properties()).with_headers(headers);
         let exchange = self.0.dead_letter_exchange.clone();
         publish(DeadLetters(self.channels()), exchange, ShortString::default(), request.body().to_vec(), properties)
+            .charged(request.share().again())
     }
 
     fn channels(&self) -> Arc<Channels> {
@@ -341,7 +355,10 @@ pub(super) fn publish_reply(
     }
     let address = request.reply_to()?.clone();
     let properties = reply_properties(request, reply, trace);
-    Some(publish(channel, ShortString::default(), address, Body(Arc::clone(reply)), properties))
+    // lapin copies the body into frames.
+    let bytes = 2 * reply.body.len();
+    let publication = publish(channel, ShortString::default(), address, Body(Arc::clone(reply)), properties);
+    Some(if bytes < UNCHARGED_REPLY { publication } else { publication.charged(request.share().and(bytes)) })
 }
 
 fn reply_properties(request: &Delivery, reply: &Reply, trace: Option<TraceContext>) -> BasicProperties {

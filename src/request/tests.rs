@@ -179,24 +179,17 @@ fn a_byte_order_mark_before_the_body_is_skipped() {
 
 #[test]
 fn a_body_in_a_common_encoding_other_than_utf_8_is_told_which() {
-    type ToBytes<const N: usize> = fn(u32) -> [u8; N];
-    fn encoded<const N: usize>(text: &str, to_bytes: ToBytes<N>) -> Vec<u8> {
-        let units: Vec<u32> = match N {
-            2 => text.encode_utf16().map(u32::from).collect(),
-            _ => text.chars().map(u32::from).collect(),
-        };
-        units.into_iter().flat_map(to_bytes).collect()
-    }
-    let utf_16: [ToBytes<2>; 2] = [|unit| [(unit >> 8) as u8, unit as u8], |unit| [unit as u8, (unit >> 8) as u8]];
-    let utf_32: [ToBytes<4>; 2] = [u32::to_be_bytes, u32::to_le_bytes];
+    let utf_16 = |text: &str, to_bytes: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(to_bytes).collect::<Vec<_>>();
+    let utf_32 =
+        |text: &str, to_bytes: fn(u32) -> [u8; 4]| text.chars().map(u32::from).flat_map(to_bytes).collect::<Vec<_>>();
     for mark in ["", "\u{feff}"] {
         for text in [PUBLISHED, "{}", "\n[1]", "7", r#"{"é":"日本"}"#] {
             let text = format!("{mark}{text}");
-            for to_bytes in utf_16 {
-                assert_eq!(refused(encoded(&text, to_bytes)), "body: looks like UTF-16, must be UTF-8");
+            for to_bytes in [u16::to_be_bytes, u16::to_le_bytes] {
+                assert_eq!(refused(utf_16(&text, to_bytes)), "body: looks like UTF-16, must be UTF-8");
             }
-            for to_bytes in utf_32 {
-                assert_eq!(refused(encoded(&text, to_bytes)), "body: looks like UTF-32, must be UTF-8");
+            for to_bytes in [u32::to_be_bytes, u32::to_le_bytes] {
+                assert_eq!(refused(utf_32(&text, to_bytes)), "body: looks like UTF-32, must be UTF-8");
             }
         }
     }

@@ -268,12 +268,12 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
-    /// Beside twice what an entry takes in the body: its keys and types, escaped and for each of its names of 256 bytes
+    /// Beside twice what an entry takes in the body: its keys and types, escaped and for each of its names of 512 bytes
     /// at most, and what names the script, the request and the time.
-    const CONSTANT_BYTES: usize = 6 * 1024;
+    const CONSTANT_BYTES: usize = 12 * 1024;
 
     fn object(kind: &'static str) -> impl Strategy<Value = String> {
-        let name = prop_oneof!["[ab/%\u{1}é]{1,8}", "[/%a]{200,256}", "a{31,34}"];
+        let name = prop_oneof!["[ab/%\u{1}é]{1,8}", "[/%a]{400,512}", "a{31,34}"];
         let begin = proptest::sample::select(vec!["", "/", "\u{1}", "é", "a key of some length, "]);
         let json = proptest::sample::select(vec!["1", "[null]", "\"a text of some length\""]);
         let count = prop_oneof![3 => 0..8_usize, 1 => 100..3000_usize];
@@ -285,7 +285,7 @@ mod tests {
     }
 
     fn request_body() -> impl Strategy<Value = (usize, String)> {
-        let entry = (object("service"), "[/a]{1,256}", object("state"), object("task")).prop_map(
+        let entry = (object("service"), "[/a]{1,512}", object("state"), object("task")).prop_map(
             |(service, customer, state, task)| {
                 format!("{{{service},\"customer_id\":\"{customer}\"}},{state}}},{task}}}}}")
             },
@@ -298,7 +298,7 @@ mod tests {
 
         #[test]
         fn what_is_sent_to_redis_is_at_most_twice_the_body_and_a_constant_an_entry((entries, body) in request_body()) {
-            let tenant = Header::Text("/".repeat(256).into());
+            let tenant = Header::Text("/".repeat(512).into());
             let message = Message {
                 body: body.as_bytes(),
                 content_type: None,

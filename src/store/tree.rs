@@ -77,11 +77,11 @@ mod tests {
     #[test]
     fn a_hundred_thousand_states_are_read_without_searching_all_for_each_datum() {
         const STATES: u64 = 100_000;
-        let mut fields = BTreeMap::new();
+        let mut fields = Fields::new();
         for id in 1..=STATES {
-            fields.insert(format!("state:{id}"), format!("{id}:0123456789abcdef:2026-01-31T08:30:00.000Z"));
-            fields.insert(id.to_string(), format!("{{\"type\":{id}}}"));
-            fields.insert(format!("state:{id}/key"), id.to_string());
+            fields.insert(format!("state:{id}"), format!("{id}:0123456789abcdef:2026-01-31T08:30:00.000Z").into());
+            fields.insert(id.to_string(), format!("{{\"type\":{id}}}").into());
+            fields.insert(format!("state:{id}/key"), id.to_string().into());
         }
         let begun = Instant::now();
         let objects = read(&fields).unwrap();

@@ -234,7 +234,9 @@ fn names_limits_and_version_are_those_of_the_program_and_its_default_settings() 
     let request = &DOCUMENT["components"]["schemas"]["request"];
     assert_eq!(request["properties"]["services"]["maxItems"], settings.limits.entries);
     let described = request["description"].as_str().unwrap().replace(',', "");
-    for limit in [format!("{} bytes", settings.limits.body_bytes), format!("{} levels", settings.limits.depth)] {
+    let limits = &settings.limits;
+    let limits = [(limits.body_bytes, "bytes"), (limits.depth, "levels"), (limits.name_bytes, "bytes")];
+    for limit in limits.map(|(limit, unit)| format!("{limit} {unit}")) {
         assert!(described.contains(&limit), "{limit}: {described}");
     }
     for (_, headers, _) in examples("reply") {

@@ -12,8 +12,8 @@ use crate::http::get;
 
 const POD_SETTINGS: &str = "deploy/kubernetes/settings.toml";
 
-/// What the connections of one lane take, as the README has it.
-const CONNECTION_BYTES: u64 = 20 << 20;
+/// What one lane takes beside waiting requests, as the README has it.
+const WORKING_BYTES: u64 = 64 << 20;
 
 fn in_project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -48,10 +48,10 @@ fn defaults() -> Settings {
     Settings::load(None).unwrap()
 }
 
-/// The most that requests in hand and connections take, in bytes.
+/// The most that a worker takes, in bytes.
 fn most_memory(settings: &Settings) -> u64 {
     let in_hand = u64::from(settings.amqp.prefetch) * settings.limits.body_bytes as u64;
-    settings.worker.lanes * (in_hand + CONNECTION_BYTES)
+    settings.worker.lanes * (in_hand + WORKING_BYTES)
 }
 
 fn mebibytes(text: &str, unit: &str) -> u64 {

@@ -29,6 +29,7 @@ mod lanes;
 mod lifecycle;
 mod load;
 mod logs;
+mod memory;
 mod model;
 mod observability;
 mod odd_messages;

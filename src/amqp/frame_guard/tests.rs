@@ -426,7 +426,8 @@ fn messages_beyond_the_allowance_are_read_when_those_before_them_are_done_with()
     let sizes = [600, 400, 1, 5000, 2000, 10];
     let bytes: Vec<u8> = sizes.into_iter().flat_map(message).collect();
     for piece in [1, 7, 100_000] {
-        let allowance = Allowance::new(1000);
+        // Of the first two and no more: with what stands beside a body of 1 byte, the third takes hundreds.
+        let allowance = Allowance::new(message_bytes(600, 14, 0) + message_bytes(400, 14, 0) + 100);
         let pieces = [piece];
         let stream = Pieces { bytes: &bytes, sizes: pieces.iter().cycle() };
         let (cork, overheard) = (Cork::default(), Overheard::default());
@@ -438,18 +439,46 @@ fn messages_beyond_the_allowance_are_read_when_those_before_them_are_done_with()
 
         assert!(read_on(&mut guarded, &mut read));
         assert_eq!(read.len(), behind(2) + deliver_bytes);
-        drop(allowance.share(600));
-        // 401 in use now, and 5,000 pass only alone.
+        drop(allowance.next_share());
+        // The second and the third are in use now, and 5,000 bytes pass only alone.
         assert!(read_on(&mut guarded, &mut read));
         assert_eq!(read.len(), behind(3) + deliver_bytes);
-        drop((allowance.share(400), allowance.share(1)));
+        let (second, third) = (allowance.next_share(), allowance.next_share());
+        let copy = third.again();
+        drop((second, third));
+        assert!(read_on(&mut guarded, &mut read));
+        assert_eq!(read.len(), behind(3) + deliver_bytes, "a copy counts as its message does");
+        drop(copy);
         assert!(read_on(&mut guarded, &mut read));
         assert_eq!(read.len(), behind(4) + deliver_bytes);
-        drop(allowance.share(5000));
+        drop(allowance.next_share());
         assert!(read_on(&mut guarded, &mut read));
-        drop(allowance.share(2000));
+        drop(allowance.next_share());
         assert!(!read_on(&mut guarded, &mut read));
         assert_eq!(read, bytes);
+    }
+}
+
+/// An array of nothing: a byte on the wire, a structure in memory.
+#[test]
+fn a_message_is_charged_for_what_its_headers_become_in_memory() {
+    const VALUES: usize = 60_000;
+    let with = |value: &[u8]| {
+        let properties = headers(b"k", value);
+        [deliver(b"", b"q"), content_header(flag("headers"), &properties)].concat()
+    };
+    let plain = message_bytes(1_234_567, 14 + 4 + 3, 1);
+    let voids = [b"A", &sized(&vec![b'V'; VALUES])[..]].concat();
+    for (value, times) in [(&b"V"[..], 10), (&voids, 1)] {
+        let bytes = with(value).repeat(10);
+        let allowance = Allowance::new(10 * plain);
+        let stream = Pieces { bytes: &bytes, sizes: [100_000].iter().cycle() };
+        let (cork, overheard) = (Cork::default(), Overheard::default());
+        let mut guarded = Guarded::new(stream, Lifeline::default(), cork, allowance.clone(), overheard);
+        let mut read = Vec::new();
+        assert_eq!(read_on(&mut guarded, &mut read), times < 10);
+        let read_headers = (read.len() - usize::from(times < 10) * deliver(b"", b"q").len()) / with(value).len();
+        assert_eq!(read_headers, times, "{} bytes", value.len());
     }
 }
 
