@@ -504,6 +504,8 @@ impl Answering<'_, '_> {
             }
             let results = self.store.find_or_create(calls, now).await;
             let results = results.map_err(|cause| NotTaken { cause, was_proven })?;
+            // Now: what becomes of the request later does not tell it again.
+            self.report_lost_sequences(&results);
             if results.iter().any(|result| matches!(result, Err(CallError::Unavailable(_)))) {
                 self.store.prove().await.map_err(unproven)?;
             }
@@ -513,6 +515,18 @@ impl Answering<'_, '_> {
             biased;
             attempted = attempt => attempted,
             () = runs_out => Err(NotTaken { cause: given_up, was_proven: false }),
+        }
+    }
+
+    fn report_lost_sequences(&self, results: &[CallResult]) {
+        for found in results.iter().flatten().filter(|found| found.sequence_moved) {
+            self.monitor.metrics().sequence_recovered();
+            let key = format!("{}:{{{}}}:seq", self.store.key_prefix(), found.service.id % BUCKETS);
+            error!(
+                key,
+                "the sequence of ids in Redis was lost or set back; continuing with unused ids, no record was overwritten. \
+                 Find out who deletes or evicts keys: maxmemory-policy must be noeviction"
+            );
         }
     }
 
@@ -540,12 +554,7 @@ impl Answering<'_, '_> {
             match refusal {
                 Some(cause) => metrics.redis_error(cause.kind()),
                 None => results.into_iter().for_each(|result| match result {
-                    Ok(found) => {
-                        metrics.found(found);
-                        if found.sequence_moved {
-                            report_lost_sequence(self.store.key_prefix(), found);
-                        }
-                    }
+                    Ok(found) => metrics.found(found),
                     Err(CallError::Failed(failure)) => metrics.redis_error(failure.kind()),
                     Err(CallError::Unavailable(_)) => {}
                 }),
@@ -709,15 +718,6 @@ impl StageClock {
         let now = Instant::now();
         now - std::mem::replace(&mut self.0, now)
     }
-}
-
-fn report_lost_sequence(key_prefix: &str, found: &Found) {
-    let key = format!("{key_prefix}:{{{}}}:seq", found.service.id % BUCKETS);
-    error!(
-        key,
-        "the sequence of ids in Redis was lost or set back; continuing with unused ids, no record was overwritten. Find out \
-         who deletes or evicts keys: maxmemory-policy must be noeviction"
-    );
 }
 
 /// Keeps a panic from going further. What `work` changes on its way must be in order whenever it ends.

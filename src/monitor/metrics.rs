@@ -180,8 +180,7 @@ impl Metrics {
 
     /// An entry was answered.
     pub fn found(&self, found: &Found) {
-        let Found { service, state, task, is_repeat, sequence_moved } = found;
-        self.sequence_recoveries.inc_by((*sequence_moved).into());
+        let Found { service, state, task, is_repeat, .. } = found;
         if *is_repeat {
             self.repeats.inc();
             return;
@@ -191,6 +190,11 @@ impl Metrics {
                 self.objects[kind][usize::from(*created)].inc();
             }
         }
+    }
+
+    /// A lost sequence of ids was moved on.
+    pub fn sequence_recovered(&self) {
+        self.sequence_recoveries.inc();
     }
 
     /// A request is settled, so long after its delivery.
