@@ -591,6 +591,8 @@ impl Answering<'_, '_> {
             let ending = self.ending(Outcome::panicked(), &delivery, &mut span);
             self.publish(&delivery, ending, &span)
         });
+        // Without a reply there is none that could be undeliverable, for which its body would be needed.
+        let delivery = if reply.is_none() { delivery.without_body() } else { delivery };
         PublishedRequest { delivery, outcome, reply, dead_letter, span }
     }
 

@@ -20,11 +20,14 @@ const STRUCTURES: usize = 512;
 /// allocation of its own.
 const HEADER_VALUE: usize = 200;
 
+/// A body arrives frame by frame in a buffer that doubles, so it takes up to twice its size.
+const BODY_COPIES: usize = 2;
+
 /// Bytes in memory of a message with a body of `body` bytes, and properties of `properties` bytes on the wire with
-/// `header_values` values in them. A body arrives frame by frame in a buffer that doubles, so it takes up to twice its size.
+/// `header_values` values in them.
 pub(super) fn message_bytes(body: usize, properties: usize, header_values: usize) -> usize {
     let header_values = header_values.saturating_mul(HEADER_VALUE);
-    body.saturating_add(properties).saturating_mul(2).saturating_add(header_values).saturating_add(STRUCTURES)
+    body.saturating_add(properties).saturating_mul(BODY_COPIES).saturating_add(header_values).saturating_add(STRUCTURES)
 }
 
 /// The allowance of one connection.
@@ -104,6 +107,15 @@ impl Share {
             ledger.in_use.fetch_add(bytes, Ordering::AcqRel);
         }
         Self { allowance: self.allowance.clone(), bytes }
+    }
+}
+
+impl Share {
+    /// Gives back what was charged for a body of so many bytes.
+    pub(super) fn without_body(&mut self, body: usize) {
+        let bytes = BODY_COPIES.saturating_mul(body).min(self.bytes);
+        self.bytes -= bytes;
+        drop(Self { allowance: self.allowance.clone(), bytes });
     }
 }
 

@@ -104,7 +104,8 @@ impl Delivery {
     }
 
     /// The same without its body, for who needs only the rest and many of them.
-    pub(super) fn without_body(mut self) -> Self {
+    pub(crate) fn without_body(mut self) -> Self {
+        self.share.without_body(self.delivery.data.len());
         self.delivery.data = Vec::new();
         self
     }
