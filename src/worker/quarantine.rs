@@ -546,7 +546,7 @@ impl<'a> Quarantine<'a> {
             Trial::Closed(closed @ (Closed::Channel | Closed::Connection { .. }), error) => {
                 let what = if closed == Closed::Channel { "channel" } else { "connection" };
                 let message_id = undelivered.delivery.message().message_id.map(ToOwned::to_owned);
-                warn!(reply_to = address, message_id, cause = %error, "RabbitMQ closed a {what} over a reply");
+                warn!(reply_to = address, message_id, cause = %error, "RabbitMQ closed a connection or channel over a reply");
                 self.decide(key, Verdict::Undeliverable(closed_over(&error, what)));
                 // Not the message, but its address: others to it would do the same.
                 if matches!(closed, Closed::Connection { is_internal_error: true }) && is_direct(&address) {

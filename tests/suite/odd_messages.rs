@@ -3,14 +3,12 @@
 
 use std::time::Duration;
 
-use lapin::options::{
-    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
-};
+use lapin::ExchangeKind;
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, ExchangeKind};
 use tokio::time::sleep;
 
-use crate::harness::{Client, Outgoing, Space, Worker, amqp_url, body, entry, eventually, redis_url};
+use crate::harness::{Client, Space, Worker, amqp_url, body, entry, eventually, redis_url};
 use crate::memory::peak_memory;
 use crate::proxy::{Direction, Proxy};
 use crate::raw_amqp::{RawProperties, RawPublisher, Taken, field, long, nested, short};
@@ -260,11 +258,9 @@ async fn a_routing_key_that_is_not_utf_8_is_nobodys_business() {
 
 /// The reply would come back as a request, and be answered there.
 #[tokio::test]
-async fn a_reply_address_that_is_a_queue_of_requests_or_dead_letters_is_refused_and_gets_nothing() {
+async fn a_reply_address_that_is_the_request_queue_or_its_dead_letters_is_refused_and_gets_nothing() {
     let mut bench = Bench::new().await;
-    let own = [bench.space.queue.clone(), bench.space.dead_letter_queue()];
-    let others = ["composite.start", "composite.start.dead", "composite.start.eu"].map(str::to_owned);
-    for address in own.into_iter().chain(others) {
+    for address in [bench.space.queue.clone(), bench.space.dead_letter_queue()] {
         for body in [&*good(), "{}"] {
             let properties = RawProperties::new(&[("reply_to", short(&address))]);
             bench.assert_ends(&address, &properties, body, End::DeadLetter("reply_to: ")).await;
@@ -273,47 +269,9 @@ async fn a_reply_address_that_is_a_queue_of_requests_or_dead_letters_is_refused_
     bench.assert_nothing_left().await;
 }
 
-/// A queue that exists and takes nothing: the broker nacks what is published to it.
-async fn full_queue(client: &Client) -> String {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-max-length".into(), AMQPValue::LongInt(0));
-    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
-    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    client.channel.queue_declare("".into(), exclusive, arguments).await.unwrap().name().to_string()
-}
-
 #[tokio::test]
-async fn requests_whose_reply_queue_is_full_stall_nobody_and_end_as_dead_letters() {
-    let mut bench = Bench::with(&[("amqp.delivery_limit", "3")]).await;
-    let full = full_queue(&bench.client).await;
-    let properties = BasicProperties::default().with_reply_to(full.into());
-    for _ in 0..3 {
-        bench.client.send(&Outgoing { body: good().into(), properties: properties.clone() }).await;
-        bench.assert_unmoved("a request whose reply queue is full").await;
-    }
-    for _ in 0..3 {
-        let given_up = bench.client.take(&bench.space.dead_letter_queue()).await;
-        assert_eq!(given_up.data, good().as_bytes());
-    }
-    bench.assert_unmoved("three requests whose reply queue is full").await;
-    bench.assert_nothing_left().await;
-}
-
-#[tokio::test]
-async fn on_a_classic_queue_a_request_whose_reply_queue_is_full_waits_and_stalls_nobody() {
+async fn a_property_that_only_a_classic_queue_takes_does_no_harm() {
     let mut bench = Bench::with(&[("amqp.queue_type", "classic")]).await;
-    let full = full_queue(&bench.client).await;
-    let properties = BasicProperties::default().with_reply_to(full.as_str().into());
-    bench.client.send(&Outgoing { body: good().into(), properties }).await;
-    for _ in 0..20 {
-        bench.assert_unmoved("a request whose reply queue is full").await;
-    }
-    // Once nobody waits for the reply any more, the request is done as soon as it has come back.
-    bench.client.channel.queue_delete(full.into(), QueueDeleteOptions::default()).await.unwrap();
-    assert!(bench.worker.drain().await.success());
-    bench.worker = bench.space.worker_with(&[("amqp.queue_type", "classic")]).await;
-    bench.assert_unmoved("a reply queue that is gone").await;
-    // A classic queue takes what a quorum queue does not.
     let properties = RawProperties::new(&[("delivery_mode", vec![77])]);
     bench.assert_ends("delivery mode 77", &properties, "{}", End::DeadLetter("services: required")).await;
     bench.assert_nothing_left().await;
