@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
-use crate::history::{Answer, Entry, History, Kind, Moment, Request, Told};
+use crate::history::{Answer, Entry, History, Kind, Moment, Object, Part, Request, Told};
 use crate::random::Random;
 
 /// New customers appear at this rate...
@@ -16,6 +16,16 @@ const CUSTOMERS_A_SECOND: u64 = 10;
 const CUSTOMERS_AT_A_TIME: u64 = 60;
 const STATES: u64 = 3;
 const TASKS: u64 = 3;
+
+/// The key that is overwritten, and how many services have it: the first so many customers' each.
+pub(crate) const LATEST: &str = "latest";
+const HOT_CUSTOMERS: u64 = 3;
+/// For so long their states and tasks are of the same type, then they are left as they are, and others begin.
+const HOT_PERIOD: Moment = 10_000_000;
+/// An answered update is not sent again after so long: updates are remembered for a limited time (docs/guarantees.md).
+const REPEATED_WITHIN: Moment = 30_000_000;
+/// To find one that may be sent again.
+const TRIES: u32 = 20;
 
 pub(crate) struct Book {
     begin: Instant,
@@ -48,14 +58,15 @@ impl Book {
     }
 
     /// A new request that is sent at once.
-    pub(crate) fn ask(&self, random: &mut Random) -> u32 {
+    pub(crate) fn ask(&self, overwrites: bool, random: &mut Random) -> u32 {
         let first_sent = self.now();
         let kind = match random.below(100) {
+            _ if overwrites => Kind::Good,
             0 => Kind::RefusedSilently,
             1..=2 => Kind::Refused,
             _ => Kind::Good,
         };
-        let entries = entries(first_sent, random);
+        let entries = if overwrites { overwriting_entries(first_sent, random) } else { entries(first_sent, random) };
         let request = Request { kind, entries, first_sent, confirmed: false, answer: None, unequal: Vec::new() };
         let mut pages = self.pages();
         pages.requests.push(request);
@@ -63,12 +74,19 @@ impl Book {
         u32::try_from(pages.requests.len() - 1).expect("fewer than 2^32 requests")
     }
 
-    /// One that has been answered, if there is any.
-    pub(crate) fn any_answered(&self, random: &mut Random) -> Option<u32> {
+    /// One that has been answered, if there is any: one that may be sent again.
+    pub(crate) fn any_answered(&self, overwrites: bool, random: &mut Random) -> Option<u32> {
+        let now = self.now();
         let pages = self.pages();
-        let index = random.index(pages.requests.len().max(1));
-        pages.requests.get(index)?.answer.as_ref()?;
-        u32::try_from(index).ok()
+        let is_old = |request: &Request| request.first_sent + REPEATED_WITHIN < now;
+        let from = if overwrites { pages.requests.partition_point(is_old) } else { 0 };
+        let fits = |index: &usize| {
+            let Request { entries, answer, .. } = &pages.requests[*index];
+            answer.is_some() && entries.iter().all(|entry| entry.sets.is_some() == overwrites)
+        };
+        let tried = (0..TRIES).filter(|_| from < pages.requests.len());
+        let index = tried.map(|_| from + random.index(pages.requests.len() - from)).find(fits);
+        index.and_then(|index| u32::try_from(index).ok())
     }
 
     /// Ends with the next answer to this request.
@@ -136,8 +154,43 @@ impl Book {
     }
 }
 
+/// One or two, each of which overwrites something else.
+fn overwriting_entries(now: Moment, random: &mut Random) -> Box<[Entry]> {
+    let mut entries: Vec<Entry> = Vec::new();
+    for _ in 0..=random.below(2) {
+        let Object { customer, part } = hot_object(now, random);
+        let own = hot_type(now);
+        // The state belongs to it whatever it overwrites.
+        let (state, task) = match part {
+            Part::Service => (own, random.one_in(2).then_some(own)),
+            Part::State(state) => (state, None),
+            Part::Task(task) => (own, Some(task)),
+        };
+        let is_set = |entry: &Entry| entry.customer == customer && entry.sets == Some(part);
+        if !entries.iter().any(is_set) {
+            entries.push(Entry { customer, state, task, sets: Some(part) });
+        }
+    }
+    entries.into()
+}
+
+/// One of those that are overwritten at this time.
+pub(crate) fn hot_object(now: Moment, random: &mut Random) -> Object {
+    let own = hot_type(now);
+    let part = match random.below(4) {
+        0 => Part::State(own),
+        1 => Part::Task(own),
+        _ => Part::Service,
+    };
+    Object { customer: u32::try_from(random.below(HOT_CUSTOMERS)).expect("a few"), part }
+}
+
+fn hot_type(now: Moment) -> u8 {
+    u8::try_from(now / HOT_PERIOD % 256).expect("a remainder of 256")
+}
+
 fn entries(now: Moment, random: &mut Random) -> Box<[Entry]> {
-    let newest = now * CUSTOMERS_A_SECOND / 1_000_000 + CUSTOMERS_AT_A_TIME;
+    let newest = now * CUSTOMERS_A_SECOND / 1_000_000 + CUSTOMERS_AT_A_TIME + HOT_CUSTOMERS;
     let count = 1 + random.index(3);
     let mut entries: Vec<Entry> = Vec::with_capacity(count);
     for _ in 0..count {
@@ -149,7 +202,7 @@ fn entries(now: Moment, random: &mut Random) -> Box<[Entry]> {
         };
         let small = |number: u64| u8::try_from(number).expect("a few");
         let task = (!random.one_in(4)).then(|| small(random.below(TASKS)));
-        entries.push(Entry { customer, state: small(random.below(STATES)), task });
+        entries.push(Entry { customer, state: small(random.below(STATES)), task, sets: None });
     }
     entries.into()
 }
@@ -157,13 +210,17 @@ fn entries(now: Moment, random: &mut Random) -> Box<[Entry]> {
 fn body(number: u32, kind: Kind, entries: &[Entry]) -> String {
     let texts: Vec<String> = (1..)
         .zip(entries)
-        .map(|(position, Entry { customer, state, task })| {
-            let task = task.map_or(String::new(), |task| format!(r#","task":{{"task_type":"t{task}"}}"#));
+        .map(|(position, entry)| {
+            let Entry { customer, state, task, sets } = entry;
+            let latest = |part| if *sets == Some(part) { format!(r#","{LATEST}":{number}"#) } else { String::new() };
+            let service = format!(r#""customer_id":"c{customer}","service_type":"booking"{}"#, latest(Part::Service));
+            let mark = if sets.is_none() { format!(r#","r{number}":1"#) } else { latest(Part::State(*state)) };
             let is_wrong = kind != Kind::Good && position == entries.len();
-            let state = if is_wrong { String::new() } else { format!(r#""state_type":"s{state}","#) };
-            format!(
-                r#"{{"service":{{"customer_id":"c{customer}","service_type":"booking"}},"state":{{{state}"r{number}":1}}{task}}}"#
-            )
+            let state_type = if is_wrong { "null".to_owned() } else { format!(r#""s{state}""#) };
+            let task = task.map_or(String::new(), |task| {
+                format!(r#","task":{{"task_type":"t{task}"{}}}"#, latest(Part::Task(task)))
+            });
+            format!(r#"{{"service":{{{service}}},"state":{{"state_type":{state_type}{mark}}}{task}}}"#)
         })
         .collect();
     format!(r#"{{"services":[{}]}}"#, texts.join(","))

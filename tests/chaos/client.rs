@@ -24,13 +24,17 @@ const PERSISTENT: u8 = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// For the broker to answer a client.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Requests of one client under way at a time.
+/// Requests of one client under way at a time...
 const LANES: usize = 16;
+/// ...of which so many overwrite what others write. All clients together do so some ten times a second for each service,
+/// and no more than 20 times: so many updates are remembered for long enough (docs/guarantees.md).
+const OVERWRITING_LANES: usize = 2;
 
 /// Percentages of requests that are...
 const DIRECT: u64 = 25; // answered by direct reply-to
 const AT_ONCE: u64 = 5; // sent by two clients at once
 const LATER: u64 = 2; // followed by one that was answered some time ago
+const OVERWRITTEN_LATER: u64 = 10; // the same of requests that overwrite
 
 pub(crate) struct Client {
     pub(crate) reply_queue: String,
@@ -71,8 +75,10 @@ impl Client {
         stop: watch::Receiver<bool>,
     ) {
         let mut lanes = JoinSet::new();
-        for _ in 0..LANES {
-            let lane = Lane { client: Arc::clone(&self), others: others.clone(), random: Random::new(random.number()) };
+        for lane in 0..LANES {
+            let random = Random::new(random.number());
+            let overwrites = lane < OVERWRITING_LANES;
+            let lane = Lane { client: Arc::clone(&self), others: others.clone(), overwrites, random };
             lanes.spawn(lane.ask_on(stop.clone()));
         }
         lanes.join_all().await;
@@ -109,27 +115,28 @@ impl Client {
 struct Lane {
     client: Arc<Client>,
     others: Vec<Arc<Client>>,
+    overwrites: bool,
     random: Random,
 }
 
 impl Lane {
     async fn ask_on(mut self, stop: watch::Receiver<bool>) {
         while !*stop.borrow() {
-            let number = self.client.book.ask(&mut self.random);
+            let number = self.client.book.ask(self.overwrites, &mut self.random);
             self.ask(number).await;
-            if self.random.percent(LATER)
-                && let Some(number) = self.client.book.any_answered(&mut self.random)
+            if self.random.percent(if self.overwrites { OVERWRITTEN_LATER } else { LATER })
+                && let Some(number) = self.client.book.any_answered(self.overwrites, &mut self.random)
             {
                 self.client.book.repeated();
                 self.ask(number).await;
             }
-            sleep(self.random.ms(100, 500)).await;
+            sleep(if self.overwrites { self.random.ms(200, 800) } else { self.random.ms(100, 500) }).await;
         }
     }
 
     /// Asks until an answer comes; without a reply address, until the broker has the request.
     async fn ask(&mut self, number: u32) {
-        let Self { client, others, random } = self;
+        let Self { client, others, random, .. } = self;
         let (kind, _) = client.book.body(number);
         let directly = random.percent(DIRECT);
         if random.percent(AT_ONCE) {

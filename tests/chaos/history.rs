@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
+use super::registers::{NEVER, Register, Span};
+
 /// Successes in a minute, at least: a run in which everything fails must not look like a good one.
 const SUCCESSES_A_MINUTE: u64 = 1000;
 
@@ -17,6 +19,8 @@ pub(crate) struct History {
     pub(crate) requests: Vec<Request>,
     /// The objects in the trees in Redis.
     pub(crate) stored: Vec<Stored>,
+    /// What was read of hot objects meanwhile.
+    pub(crate) observed: Vec<Observed>,
     /// The hashes of ids in Redis: service id → customer.
     pub(crate) ids: BTreeMap<u64, u32>,
     /// What else there is in Redis.
@@ -53,6 +57,9 @@ pub(crate) struct Entry {
     pub(crate) customer: u32,
     pub(crate) state: u8,
     pub(crate) task: Option<u8>,
+    /// The object whose `latest` it sets to its request's number. An entry that sets none leaves a mark on the state,
+    /// which nobody overwrites.
+    pub(crate) sets: Option<Part>,
 }
 
 #[derive(Debug, Clone)]
@@ -89,6 +96,16 @@ pub(crate) struct Stored {
     pub(crate) id: u64,
     /// The requests whose attached data it holds.
     pub(crate) marks: BTreeSet<u32>,
+    /// The request that set it last.
+    pub(crate) latest: Option<u32>,
+}
+
+/// What the `latest` of an object was at some moment from `span.start` to `span.end`.
+#[derive(Debug, Clone)]
+pub(crate) struct Observed {
+    pub(crate) object: Object,
+    pub(crate) latest: Option<u32>,
+    pub(crate) span: Span,
 }
 
 #[derive(Debug)]
@@ -102,6 +119,7 @@ pub(crate) enum Breach {
     Lost,
     Doubled,
     Wrong,
+    Undone,
     DeadLetters,
     TooFew,
 }
@@ -150,6 +168,7 @@ pub(crate) fn check(history: &History) -> Vec<Finding> {
     findings.extend(wrong_answers(history));
     findings.extend(doubled(&told));
     findings.extend(disorder(history));
+    findings.extend(undone(history));
     findings.extend(store_against(&told, history));
     findings.extend(dead_letters(history));
     findings.extend(too_few(history));
@@ -209,18 +228,20 @@ struct AllTold {
     ids: BTreeSet<u64>,
     /// Entries that were told "created", as `(request, entry)`.
     creators: Vec<(u32, usize)>,
-    /// All requests that touched it.
+    /// All requests that touched it and should have left a mark.
     marks: BTreeSet<u32>,
 }
 
 fn told(history: &History) -> BTreeMap<Object, AllTold> {
     let mut all: BTreeMap<Object, AllTold> = BTreeMap::new();
     for (number, request) in numbered(history) {
-        for (index, (_, objects)) in request.told().enumerate() {
+        for (index, (entry, objects)) in request.told().enumerate() {
             for (object, told) in objects {
                 let all = all.entry(object).or_default();
                 all.ids.insert(told.id);
-                all.marks.insert(number);
+                if entry.sets.is_none() {
+                    all.marks.insert(number);
+                }
                 if told.created {
                     all.creators.push((number, index));
                 }
@@ -301,6 +322,34 @@ fn dead_letters(history: &History) -> Vec<Finding> {
     let extra = there.iter().filter(|(id, _)| !expected.contains(**id));
     let extra = extra.map(|(id, text)| format!("{id} is among the dead letters: {text}"));
     missing.chain(extra).map(|text| finding(Breach::DeadLetters, text)).collect()
+}
+
+// ---- what is overwritten
+
+/// Objects whose `latest` was not always one that explains all that was written, answered and read.
+fn undone(history: &History) -> Vec<Finding> {
+    let mut registers: BTreeMap<Object, Register> = BTreeMap::new();
+    for (number, request) in numbered(history) {
+        let answered = request.answer.as_ref().filter(|answer| request.explains(answer));
+        let span = Span { start: request.first_sent, end: answered.map_or(NEVER, |answer| answer.at) };
+        for (Entry { customer, .. }, part) in request.entries.iter().filter_map(|entry| Some((entry, entry.sets?))) {
+            let object = Object { customer: *customer, part };
+            registers.entry(object).or_default().writes.insert(number, span);
+        }
+    }
+    let last = history.stored.iter().map(|Stored { object, latest, .. }| {
+        let span = Span { start: NEVER, end: NEVER };
+        Observed { object: *object, latest: *latest, span }
+    });
+    for Observed { object, latest, span } in history.observed.iter().cloned().chain(last) {
+        if latest.is_some() || registers.contains_key(&object) {
+            registers.entry(object).or_default().reads.push((latest, span));
+        }
+    }
+    let undone = registers.iter().flat_map(|(object, register)| {
+        register.undone().into_iter().map(move |text| finding(Breach::Undone, format!("latest of {object}: {text}")))
+    });
+    undone.collect()
 }
 
 // ---- the order of things

@@ -13,6 +13,8 @@ mod history;
 #[path = "../suite/proxy.rs"]
 mod proxy;
 mod random;
+mod reader;
+mod registers;
 mod report;
 mod servers;
 mod workers;
@@ -71,6 +73,7 @@ async fn chaos(seconds: u64, seed: u64, folder: &Path) -> Report {
     consuming(&world, WORKERS).await;
     let (stop, told_to_stop) = watch::channel(false);
     let asking = start_clients(&world, &mut random, &told_to_stop);
+    let reading = tokio::spawn(reader::read_on(Arc::clone(&world), Random::new(random.number()), told_to_stop.clone()));
     let watching = tokio::spawn(watch_workers(Arc::clone(&world), told_to_stop));
 
     let outcome = strike_until(Instant::now() + Duration::from_secs(seconds), &world, &mut random).await;
@@ -83,6 +86,7 @@ async fn chaos(seconds: u64, seed: u64, folder: &Path) -> Report {
     findings.extend(drain(&world).await);
 
     let mut history = world.book.close(seconds);
+    history.observed = reading.await.unwrap();
     read_what_is_left(&world, &mut history).await;
     findings.extend(check(&history));
     Report::new(seed, &history, world.book.repeats_and_replies(), outcome, &memory_kib, findings)

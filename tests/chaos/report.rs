@@ -34,6 +34,7 @@ impl Report {
         let requests = &history.requests;
         let answered = requests.iter().filter(|request| request.answer.is_some()).count() as u64;
         let refused = requests.iter().filter(|request| request.kind != Kind::Good).count();
+        let updates = requests.iter().flat_map(|request| &request.entries).filter(|entry| entry.sets.is_some()).count();
         let dead: BTreeSet<_> = history.dead_letters.iter().map(|(id, _)| id).collect();
         let memory = Memory::new(memory_kib, history.seconds);
         findings.extend(memory.finding(history.seconds));
@@ -48,9 +49,12 @@ impl Report {
             row("replies that came again", (replies - answered).to_string()),
             row("refused", refused.to_string()),
             row("objects created", history.stored.len().to_string()),
+            row("updates that overwrite each other", updates.to_string()),
+            row("values read of what they overwrite", history.observed.len().to_string()),
             row("lost", found(Breach::Lost)),
             row("doubled", found(Breach::Doubled)),
             row("wrong", found(Breach::Wrong)),
+            row("undone", found(Breach::Undone)),
             row("dead letters, all as they should be", dead.len().to_string()),
             row("dead letters that came again", (history.dead_letters.len() - dead.len()).to_string()),
             row("drains cut short by another fault", outcome.not_drained.to_string()),

@@ -11,6 +11,7 @@ use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
 use tokio::time::timeout;
 
+use crate::book::LATEST;
 use crate::history::{History, Object, Part, Stored};
 
 /// For a healthy server to answer.
@@ -46,7 +47,7 @@ impl Servers {
         redis::cmd(command[0]).arg(&command[1..]).exec_async(&mut redis).await.unwrap();
     }
 
-    async fn redis_connection(&self) -> MultiplexedConnection {
+    pub(crate) async fn redis_connection(&self) -> MultiplexedConnection {
         let limits = AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
         let client = redis::Client::open(&*self.redis_url).unwrap();
         client.get_multiplexed_async_connection_with_config(&limits).await.unwrap()
@@ -206,7 +207,8 @@ fn read_tree(customer: u32, fields: &tree::Fields, history: &mut History) -> Opt
         };
         let marks =
             data.keys().filter_map(|key| key.strip_prefix('r')).map(str::parse).collect::<Result<_, _>>().ok()?;
-        history.stored.push(Stored { object: Object { customer, part }, id, marks });
+        let latest = data.get(LATEST).map(|number| number.parse()).transpose().ok()?;
+        history.stored.push(Stored { object: Object { customer, part }, id, marks, latest });
     }
     Some(())
 }

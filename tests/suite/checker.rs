@@ -2,8 +2,15 @@
 
 #[path = "../chaos/history.rs"]
 mod history;
+#[path = "../chaos/registers.rs"]
+mod registers;
 
-use history::{Answer, Breach, Entry, Finding, History, Kind, Object, Part, Request, Stored, Told, check};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+use history::{Answer, Breach, Entry, Finding, History, Kind, Object, Observed, Part, Request, Stored, Told, check};
+use registers::Span;
 
 /// A good history: two creators, a finder that comes later, a refusal and a dead letter.
 ///
@@ -50,6 +57,7 @@ fn good() -> History {
             stored(2, Part::Service, 5, &[]),
             stored(2, Part::State(0), 6, &[1, 2]),
         ],
+        observed: Vec::new(),
         ids: [(1, 1), (5, 2)].into(),
         strange: Vec::new(),
         dead_letters: vec![("r4".to_owned(), "services[0].state.state_type: required".to_owned())],
@@ -58,7 +66,7 @@ fn good() -> History {
 }
 
 fn entry(customer: u32, state: u8, task: Option<u8>) -> Entry {
-    Entry { customer, state, task }
+    Entry { customer, state, task, sets: None }
 }
 
 fn told(at: u64, objects: &[(u64, bool)]) -> Answer {
@@ -67,7 +75,7 @@ fn told(at: u64, objects: &[(u64, bool)]) -> Answer {
 }
 
 fn stored(customer: u32, part: Part, id: u64, marks: &[u32]) -> Stored {
-    Stored { object: Object { customer, part }, id, marks: marks.iter().copied().collect() }
+    Stored { object: Object { customer, part }, id, marks: marks.iter().copied().collect(), latest: None }
 }
 
 /// The findings in a good history that was then doctored.
@@ -253,4 +261,122 @@ fn a_dead_letter_that_came_twice_is_right() {
 #[test]
 fn a_run_with_few_successes_is_found() {
     assert_finds(Breach::TooFew, "3 successes are fewer than 1000", |history| history.seconds = 60);
+}
+
+// ---- values that are overwritten
+
+/// A history in which requests set `latest` of one service: each from and until when, the last `None` if it was never
+/// answered. Then what was read from and until when, and at the end.
+fn overwritten(writes: &[(u64, Option<u64>)], reads: &[(Option<u32>, u64, u64)], last: Option<u32>) -> Vec<Finding> {
+    let entries: Box<[Entry]> = [Entry { sets: Some(Part::Service), ..entry(1, 0, None) }].into();
+    let request = |(first_sent, answered): &(u64, Option<u64>)| Request {
+        kind: Kind::Good,
+        entries: entries.clone(),
+        first_sent: *first_sent,
+        confirmed: true,
+        answer: answered.map(|at| told(at, &[(1, false), (2, false)])),
+        unequal: Vec::new(),
+    };
+    let object = Object { customer: 1, part: Part::Service };
+    let observed = |(latest, start, end): &(Option<u32>, u64, u64)| Observed {
+        object,
+        latest: *latest,
+        span: Span { start: *start, end: *end },
+    };
+    let mut history = History {
+        requests: writes.iter().map(request).collect(),
+        observed: reads.iter().map(observed).collect(),
+        stored: vec![stored(1, Part::Service, 1, &[])],
+        ..History::default()
+    };
+    history.stored[0].latest = last;
+    check(&history).into_iter().filter(|finding| finding.breach == Breach::Undone).collect()
+}
+
+#[track_caller]
+fn assert_undone(text: &str, findings: &[Finding]) {
+    assert!(findings.iter().any(|finding| finding.text.contains(text)), "{text:?} is not among {findings:?}");
+}
+
+#[track_caller]
+fn assert_possible(findings: &[Finding]) {
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+const A: (u64, Option<u64>) = (10, Some(20));
+const B: (u64, Option<u64>) = (30, Some(40));
+
+#[test]
+fn an_update_over_which_an_older_one_came_again_is_undone() {
+    assert_undone("r0 was there by 0.000020 s and again at the end; r1", &overwritten(&[A, B], &[], Some(0)));
+    assert_possible(&overwritten(&[A, B], &[], Some(1)));
+}
+
+#[test]
+fn an_update_that_went_back_meanwhile_is_undone_though_the_end_is_right() {
+    assert_undone("r1", &overwritten(&[A, B, (70, Some(80))], &[(Some(0), 50, 51)], Some(2)));
+    // It was read as the other was under way: that may have been before.
+    assert_possible(&overwritten(&[A, B, (70, Some(80))], &[(Some(0), 35, 51)], Some(2)));
+    assert_possible(&overwritten(&[A, B, (70, Some(80))], &[(Some(1), 50, 51)], Some(2)));
+}
+
+#[test]
+fn either_of_two_updates_at_once_may_be_the_last_and_stays_it() {
+    let at_once = [A, (15, Some(25))];
+    assert_possible(&overwritten(&at_once, &[], Some(0)));
+    assert_possible(&overwritten(&at_once, &[], Some(1)));
+    assert_possible(&overwritten(&at_once, &[(Some(0), 26, 27), (Some(0), 90, 91)], Some(0)));
+    assert_undone("one was undone", &overwritten(&at_once, &[(Some(0), 26, 27)], Some(1)));
+    assert_undone("one was undone", &overwritten(&at_once, &[(Some(1), 26, 27), (Some(0), 28, 29)], Some(1)));
+}
+
+/// Applied, read, and applied again after another had been answered: its own answer comes last.
+#[test]
+fn an_update_that_is_applied_again_before_its_answer_undoes_what_came_between() {
+    let writes = [(10, Some(90)), B];
+    assert_undone("r1 (sent at 0.000030 s", &overwritten(&writes, &[(Some(0), 20, 21)], Some(0)));
+    assert_undone("one was undone", &overwritten(&writes, &[(Some(0), 20, 21), (Some(0), 50, 51)], Some(1)));
+    assert_possible(&overwritten(&writes, &[(Some(0), 20, 21)], Some(1)));
+    assert_possible(&overwritten(&writes, &[(Some(1), 41, 42), (Some(0), 50, 51)], Some(0)));
+}
+
+#[test]
+fn an_update_that_was_never_answered_may_have_happened_or_not_but_once() {
+    let writes = [(10, None), B];
+    assert_possible(&overwritten(&writes, &[], Some(1)));
+    assert_possible(&overwritten(&writes, &[(Some(0), 95, 96)], Some(0)));
+    assert_undone("one was undone", &overwritten(&writes, &[(Some(0), 20, 21)], Some(0)));
+}
+
+#[test]
+fn an_update_that_was_answered_and_is_not_there_is_undone() {
+    assert_undone("nothing was there", &overwritten(&[A], &[], None));
+    assert_undone("nothing was there", &overwritten(&[A], &[(None, 30, 31)], Some(0)));
+    assert_possible(&overwritten(&[A], &[(None, 5, 6), (None, 12, 13)], Some(0)));
+}
+
+#[test]
+fn a_value_that_was_read_before_it_was_sent_or_that_nobody_sent_is_found() {
+    assert_undone("r0 was read at 0.000006 s before it was sent", &overwritten(&[A], &[(Some(0), 5, 6)], Some(0)));
+    assert_undone("r7 was read, and nobody wrote it", &overwritten(&[A], &[(Some(7), 30, 31)], Some(0)));
+    assert_undone("r7 was read, and nobody wrote it", &overwritten(&[], &[], Some(7)));
+}
+
+proptest! {
+    /// Each write takes effect ten later than the one before, at some moment of its span, and so does each read.
+    #[test]
+    fn a_register_is_never_found_fault_with_and_a_value_that_comes_back_always_is(
+        spans in vec(((0..40_u64, 0..40_u64), option::of((1..10_u64, 0..40_u64, 0..40_u64))), 20),
+        older in 0..=10_u32,
+    ) {
+        let effects = || (0..).zip(&spans).map(|(number, span)| (number, 100 + 10 * u64::from(number), span));
+        let writes: Vec<_> = effects().map(|(_, at, ((before, after), _))| (at - before, Some(at + after))).collect();
+        let reads = effects().filter_map(|(number, at, (_, read))| {
+            let (later, before, after) = (*read)?;
+            Some((Some(number), at + later - before, at + later + after))
+        });
+        let reads: Vec<_> = reads.collect();
+        assert_possible(&overwritten(&writes, &reads, Some(19)));
+        assert_undone("one was undone", &overwritten(&writes, &reads, Some(older)));
+    }
 }
