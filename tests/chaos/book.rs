@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
-use crate::history::{Answer, Entry, History, Kind, Moment, Object, Part, Request, Told};
+use crate::history::{Answer, Entry, History, Kind, Moment, Object, Part, ReplyTo, Request, Told};
 use crate::random::Random;
 
 /// New customers appear at this rate...
@@ -67,11 +67,32 @@ impl Book {
             _ => Kind::Good,
         };
         let entries = if overwrites { overwriting_entries(first_sent, random) } else { entries(first_sent, random) };
+        self.note(kind, entries, first_sent)
+    }
+
+    /// A new request whose reply cannot be delivered, for a service of its own.
+    pub(crate) fn ask_unanswerable(&self, reply_to: ReplyTo) -> u32 {
+        self.note(Kind::Unanswerable(reply_to), Box::default(), self.now())
+    }
+
+    fn note(&self, kind: Kind, entries: Box<[Entry]>, first_sent: Moment) -> u32 {
         let request = Request { kind, entries, first_sent, confirmed: false, answer: None, unequal: Vec::new() };
         let mut pages = self.pages();
         pages.requests.push(request);
         pages.digests.push(0);
         u32::try_from(pages.requests.len() - 1).expect("fewer than 2^32 requests")
+    }
+
+    /// Those whose reply cannot be delivered, that RabbitMQ has, and that were not answered all the same.
+    pub(crate) fn unanswered(&self) -> Vec<u32> {
+        let is_open = |request: &Request| {
+            let may_vanish = request.kind == Kind::Unanswerable(ReplyTo::GoneClient);
+            matches!(request.kind, Kind::Unanswerable(_))
+                && !may_vanish
+                && request.confirmed
+                && request.answer.is_none()
+        };
+        (0..).zip(&self.pages().requests).filter(|(_, request)| is_open(request)).map(|(number, _)| number).collect()
     }
 
     /// One that has been answered, if there is any: one that may be sent again.
@@ -82,7 +103,7 @@ impl Book {
         let from = if overwrites { pages.requests.partition_point(is_old) } else { 0 };
         let fits = |index: &usize| {
             let Request { entries, answer, .. } = &pages.requests[*index];
-            answer.is_some() && entries.iter().all(|entry| entry.sets.is_some() == overwrites)
+            answer.is_some() && entries.first().is_some_and(|entry| entry.sets.is_some() == overwrites)
         };
         let tried = (0..TRIES).filter(|_| from < pages.requests.len());
         let index = tried.map(|_| from + random.index(pages.requests.len() - from)).find(fits);
@@ -208,6 +229,10 @@ fn entries(now: Moment, random: &mut Random) -> Box<[Entry]> {
 }
 
 fn body(number: u32, kind: Kind, entries: &[Entry]) -> String {
+    if let Kind::Unanswerable(_) = kind {
+        let service = format!(r#""customer_id":"r{number}","service_type":"booking""#);
+        return format!(r#"{{"services":[{{"service":{{{service}}},"state":{{"state_type":"s0"}}}}]}}"#);
+    }
     let texts: Vec<String> = (1..)
         .zip(entries)
         .map(|(position, entry)| {

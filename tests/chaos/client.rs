@@ -18,7 +18,7 @@ use crate::random::Random;
 
 pub(crate) const QUEUE: &str = "composite.start";
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
-const PERSISTENT: u8 = 2;
+pub(crate) const PERSISTENT: u8 = 2;
 
 /// A client that has heard nothing for so long asks again.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -202,7 +202,8 @@ impl Line {
     }
 }
 
-fn note(book: &Book, reply: &Delivery) {
+/// A reply that came, whoever asked.
+pub(crate) fn note(book: &Book, reply: &Delivery) {
     let headers = reply.properties.headers().as_ref();
     let status = match headers.and_then(|headers| headers.inner().get("status")) {
         Some(AMQPValue::LongInt(status)) => i64::from(*status),

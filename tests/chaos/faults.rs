@@ -15,16 +15,20 @@ use tokio::time::sleep;
 
 use crate::book::Book;
 use crate::client::{Client, QUEUE};
-use crate::history::{Breach, Finding};
+use crate::history::{Breach, Finding, Moment, ReplyTo};
 use crate::proxy::{Direction, Proxy};
 use crate::random::Random;
+use crate::registers::Span;
 use crate::servers::{BROKER, Observer, REDIS, Servers};
+use crate::unanswerable;
 use crate::workers::{ELDER, WORKERS, Worker};
 
 /// From healing until everything works again, at most.
 pub(crate) const RECOVERY_LIMIT: Duration = Duration::from_secs(15);
 /// In which the broker notices what has gone.
 const NOTICE: Duration = Duration::from_millis(100);
+/// Requests at once whose replies cannot be delivered.
+const MOST_UNANSWERABLE: u32 = 20;
 /// After which a recovery is no longer waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -64,6 +68,7 @@ pub(crate) enum Fault {
     MemoryAlarm,
     ConnectionsClosed,
     ReplyQueueDeleted,
+    Unanswerable(ReplyTo),
     Way(Server, Trouble),
 }
 
@@ -98,6 +103,9 @@ const BAG: &[(usize, Fault)] = &[
     (2, Fault::MemoryAlarm),
     (2, Fault::ConnectionsClosed),
     (3, Fault::ReplyQueueDeleted),
+    (3, Fault::Unanswerable(ReplyTo::MalformedDirect)),
+    (3, Fault::Unanswerable(ReplyTo::FullQueue)),
+    (3, Fault::Unanswerable(ReplyTo::GoneClient)),
     (1, Fault::Way(Server::Broker, Trouble::Shut)),
     (1, Fault::Way(Server::Broker, Trouble::Cut)),
     (1, Fault::Way(Server::Broker, Trouble::CutThrice)),
@@ -137,6 +145,8 @@ pub(crate) struct Outcome {
     pub(crate) together: Struck,
     /// Workers that ended with 1 when told to drain while something else was broken.
     pub(crate) not_drained: u32,
+    /// From a fault to the recovery from it and from all that struck meanwhile.
+    pub(crate) outages: Vec<Span>,
     pub(crate) findings: Vec<Finding>,
 }
 
@@ -151,22 +161,29 @@ pub(crate) async fn strike_until(end: Instant, world: &Arc<World>, random: &mut 
     let mut outcome = Outcome::default();
     let mut bag = Vec::new();
     let mut healing = JoinSet::new();
+    let mut broken_since = None;
     while Instant::now() < end {
         sleep(pause(random)).await;
         let has_company = random.one_in(4);
         let strike = Strike::next(&mut bag, random, healing.is_empty() && !has_company);
         let (fault, is_alone) = (strike.fault, strike.is_alone);
         outcome.faults.entry(fault).or_default().times += 1;
+        // What one client asks for is no excuse for what others wait for.
+        if !matches!(fault, Fault::Unanswerable(_)) {
+            broken_since.get_or_insert_with(|| world.book.now());
+        }
         healing.spawn(strike.carry_out(Arc::clone(world)));
         if !has_company {
             outcome.note(healed(&mut healing).await);
             let recovery = world.recovery().await;
             outcome.note_recovery(is_alone.then_some(fault), recovery);
+            outcome.note_outage(broken_since.take(), world.book.now());
         }
     }
     outcome.note(healed(&mut healing).await);
     let recovery = world.recovery().await;
     outcome.note_recovery(None, recovery);
+    outcome.note_outage(broken_since, world.book.now());
     outcome
 }
 
@@ -189,6 +206,10 @@ impl Outcome {
                 self.findings.push(Finding { breach: Breach::Wrong, text: how });
             }
         }
+    }
+
+    fn note_outage(&mut self, start: Option<Moment>, end: Moment) {
+        self.outages.extend(start.map(|start| Span { start, end }));
     }
 
     fn note_recovery(&mut self, fault: Option<Fault>, recovery: Duration) {
@@ -321,6 +342,10 @@ impl Strike {
                 let client = &world.clients[worker % world.clients.len()];
                 world.observer.lock().await.delete(&client.reply_queue).await;
             }
+            Fault::Unanswerable(reply_to) => {
+                begin();
+                unanswerable::ask(&world, reply_to, lasting.subsec_millis() % MOST_UNANSWERABLE + 1).await;
+            }
             Fault::Way(server, trouble) => {
                 let way = world.ways[worker][&server].lock().await;
                 begin();
@@ -412,6 +437,9 @@ impl fmt::Display for Fault {
             Self::MemoryAlarm => "broker: memory alarm",
             Self::ConnectionsClosed => "broker: all connections closed",
             Self::ReplyQueueDeleted => "broker: a reply queue deleted",
+            Self::Unanswerable(ReplyTo::MalformedDirect) => "replies to a malformed direct reply-to",
+            Self::Unanswerable(ReplyTo::FullQueue) => "replies to a full queue",
+            Self::Unanswerable(ReplyTo::GoneClient) => "replies to a client that is gone",
             Self::Way(server, trouble) => return write!(f, "way to {server}: {trouble}"),
         })
     }

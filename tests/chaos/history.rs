@@ -10,6 +10,9 @@ use super::registers::{NEVER, Register, Span};
 /// Successes in a minute, at least: a run in which everything fails must not look like a good one.
 const SUCCESSES_A_MINUTE: u64 = 1000;
 
+/// For a call while no server, no worker and no way between them is in trouble, whatever others ask for.
+const CALL_LIMIT: Moment = 1_000_000;
+
 /// Microseconds since the run began.
 pub(crate) type Moment = u64;
 
@@ -25,8 +28,12 @@ pub(crate) struct History {
     pub(crate) ids: BTreeMap<u64, u32>,
     /// What else there is in Redis.
     pub(crate) strange: Vec<String>,
-    /// What each dead letter says of itself, by `message_id`; one that came twice is there twice.
-    pub(crate) dead_letters: Vec<(String, String)>,
+    /// One that came twice is there twice.
+    pub(crate) dead_letters: Vec<DeadLetter>,
+    /// The requests that cannot be answered and were carried out.
+    pub(crate) unanswerable: BTreeSet<u32>,
+    /// From a fault to the recovery from it; not of those that a single request causes.
+    pub(crate) outages: Vec<Span>,
     pub(crate) seconds: u64,
 }
 
@@ -50,6 +57,29 @@ pub(crate) enum Kind {
     Refused,
     /// The same without a reply address: it must become a dead letter.
     RefusedSilently,
+    /// Good, and has a service of its own, but its reply cannot be delivered.
+    Unanswerable(ReplyTo),
+}
+
+/// Where a reply cannot be delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum ReplyTo {
+    /// RabbitMQ closes the connection that publishes to it.
+    MalformedDirect,
+    /// RabbitMQ refuses what is published to it.
+    FullQueue,
+    /// The requester's exclusive queue has gone with it: this alone need not become a dead letter.
+    GoneClient,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct DeadLetter {
+    /// Its `message_id`.
+    pub(crate) id: String,
+    /// What it says of itself.
+    pub(crate) why: String,
+    /// The worker said so, not RabbitMQ.
+    pub(crate) has_reason: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -120,6 +150,7 @@ pub(crate) enum Breach {
     Doubled,
     Wrong,
     Undone,
+    Slow,
     DeadLetters,
     TooFew,
 }
@@ -171,6 +202,8 @@ pub(crate) fn check(history: &History) -> Vec<Finding> {
     findings.extend(undone(history));
     findings.extend(store_against(&told, history));
     findings.extend(dead_letters(history));
+    findings.extend(unanswerable(history));
+    findings.extend(slow(history));
     findings.extend(too_few(history));
     findings
 }
@@ -204,6 +237,7 @@ fn wrong_answers(history: &History) -> impl Iterator<Item = Finding> {
         let unfit = request.answer.iter().filter(|answer| match request.kind {
             Kind::Good => !request.explains(answer),
             Kind::Refused | Kind::RefusedSilently => answer.status != 400,
+            Kind::Unanswerable(_) => answer.status != 200,
         });
         let unfit = unfit.map(move |answer| {
             let objects = answer.objects.len();
@@ -316,12 +350,59 @@ fn dead_letters(history: &History) -> Vec<Finding> {
         (request.kind == Kind::RefusedSilently && request.confirmed).then(|| format!("r{number}"))
     };
     let expected: BTreeSet<String> = numbered(history).filter_map(silent).collect();
-    let there: BTreeMap<&str, &str> = history.dead_letters.iter().map(|(id, text)| (&**id, &**text)).collect();
+    let there: BTreeMap<&str, &DeadLetter> = history.dead_letters.iter().map(|letter| (&*letter.id, letter)).collect();
     let missing = expected.iter().filter(|id| !there.contains_key(id.as_str()));
     let missing = missing.map(|id| format!("{id} was refused and is not among the dead letters"));
-    let extra = there.iter().filter(|(id, _)| !expected.contains(**id));
-    let extra = extra.map(|(id, text)| format!("{id} is among the dead letters: {text}"));
-    missing.chain(extra).map(|text| finding(Breach::DeadLetters, text)).collect()
+    let may_be: BTreeSet<String> = unanswerable_requests(history).map(|(number, _)| format!("r{number}")).collect();
+    let extra = there.iter().filter(|(id, _)| !expected.contains(**id) && !may_be.contains(**id));
+    let extra = extra.map(|(id, letter)| format!("{id} is among the dead letters: {}", letter.why));
+    let silent = there.iter().filter(|(_, letter)| !letter.has_reason);
+    let silent = silent.map(|(id, letter)| format!("dead letter {id} names no reason: {}", letter.why));
+    missing.chain(extra).chain(silent).map(|text| finding(Breach::DeadLetters, text)).collect()
+}
+
+fn unanswerable_requests(history: &History) -> impl Iterator<Item = (u32, ReplyTo)> {
+    numbered(history).filter_map(|(number, request)| match request.kind {
+        Kind::Unanswerable(reply_to) => Some((number, reply_to)),
+        Kind::Good | Kind::Refused | Kind::RefusedSilently => None,
+    })
+}
+
+/// A reply that cannot be delivered becomes a dead letter, and what was done stays done.
+fn unanswerable(history: &History) -> Vec<Finding> {
+    let dead: BTreeSet<&str> = history.dead_letters.iter().map(|letter| &*letter.id).collect();
+    let mut findings = Vec::new();
+    for (number, reply_to) in unanswerable_requests(history) {
+        let Request { answer, confirmed, .. } = &history.requests[number as usize];
+        let ended = answer.is_some() || dead.contains(&*format!("r{number}"));
+        if *confirmed && !ended && reply_to != ReplyTo::GoneClient {
+            let text = format!("r{number} ({reply_to:?}) got no answer and is not among the dead letters");
+            findings.push(finding(Breach::Lost, text));
+        }
+        if (ended || (*confirmed && reply_to == ReplyTo::GoneClient)) && !history.unanswerable.contains(&number) {
+            let text = format!("what r{number} ({reply_to:?}) asked for is not in Redis");
+            findings.push(finding(Breach::Wrong, text));
+        }
+    }
+    findings
+}
+
+// ---- how long it took
+
+/// Each request that began and ended while nothing was broken, with how long that took.
+pub(crate) fn calm_calls(history: &History) -> impl Iterator<Item = (u32, Moment)> {
+    let is_calm = |start, end| history.outages.iter().all(|outage| end < outage.start || outage.end < start);
+    numbered(history).filter_map(move |(number, request)| {
+        let at = request.answer.as_ref().filter(|_| matches!(request.kind, Kind::Good | Kind::Refused))?.at;
+        is_calm(request.first_sent, at).then(|| (number, at - request.first_sent))
+    })
+}
+
+fn slow(history: &History) -> impl Iterator<Item = Finding> {
+    calm_calls(history).filter(|(_, took)| *took >= CALL_LIMIT).map(|(number, took)| {
+        let sent = history.requests[number as usize].first_sent;
+        finding(Breach::Slow, format!("r{number}, sent at {sent} µs, took {took} µs while nothing was broken"))
+    })
 }
 
 // ---- what is overwritten

@@ -17,9 +17,10 @@ mod reader;
 mod registers;
 mod report;
 mod servers;
+mod unanswerable;
 mod workers;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs::{File, create_dir_all, remove_dir_all};
 use std::path::{Path, PathBuf};
@@ -32,13 +33,14 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use book::Book;
-use client::{Client, QUEUE};
+use client::{Client, QUEUE, note};
 use faults::{Diary, Server, World, strike_until};
-use history::{Breach, Finding, History, check};
+use history::{Breach, DeadLetter, Finding, History, check};
 use proxy::Proxy;
 use random::Random;
 use report::Report;
 use servers::{Observer, Servers, dead_letter};
+use unanswerable::FULL_QUEUE;
 use workers::{ELDER, WORKERS, Worker, resident_kib};
 
 const CLIENTS: usize = 6;
@@ -83,9 +85,12 @@ async fn chaos(seconds: u64, seed: u64, folder: &Path) -> Report {
         outcome.findings.iter().map(|Finding { breach, text }| Finding { breach: *breach, text: text.clone() }),
     );
     let _ = timeout(LIMIT, asking.join_all()).await;
+    let dead_letters = take_dead_letters(&world).await;
     findings.extend(drain(&world).await);
 
     let mut history = world.book.close(seconds);
+    history.dead_letters = dead_letters;
+    history.outages.clone_from(&outcome.outages);
     history.observed = reading.await.unwrap();
     read_what_is_left(&world, &mut history).await;
     findings.extend(check(&history));
@@ -158,6 +163,36 @@ async fn watch_workers(world: Arc<World>, stop: watch::Receiver<bool>) -> (Vec<u
     (memory_kib, findings)
 }
 
+/// Waits for the end of each request whose reply cannot be delivered: a dead letter, or a reply to a queue that was full.
+async fn take_dead_letters(world: &World) -> Vec<DeadLetter> {
+    let mut dead_letters: Vec<DeadLetter> = Vec::new();
+    let _ = timeout(LIMIT, async {
+        loop {
+            let mut observer = world.observer.lock().await;
+            dead_letters
+                .extend(observer.take_all(&dead_letter_queue()).await.iter().map(|dead| dead_letter(&dead.properties)));
+            if observer.queue(FULL_QUEUE).await.is_some() {
+                let replies = observer.take_all(FULL_QUEUE).await;
+                // What filled it is no reply.
+                let replies = replies.iter().filter(|reply| reply.properties.correlation_id().is_some());
+                replies.for_each(|reply| note(&world.book, reply));
+            }
+            let dead: BTreeSet<&str> = dead_letters.iter().map(|letter| &*letter.id).collect();
+            if world.book.unanswered().iter().all(|number| dead.contains(&*format!("r{number}"))) {
+                return;
+            }
+            drop(observer);
+            sleep(Duration::from_millis(500)).await;
+        }
+    })
+    .await;
+    dead_letters
+}
+
+fn dead_letter_queue() -> String {
+    format!("{QUEUE}.dead")
+}
+
 /// All is healed and asked: workers drain, and the queue is empty.
 async fn drain(world: &World) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -192,6 +227,6 @@ async fn emptied(world: &World, queue: &str) {
 
 async fn read_what_is_left(world: &World, history: &mut History) {
     world.servers.read_store(history).await;
-    let dead = world.observer.lock().await.take_all(&format!("{QUEUE}.dead")).await;
-    history.dead_letters = dead.iter().map(dead_letter).collect();
+    let dead = world.observer.lock().await.take_all(&dead_letter_queue()).await;
+    history.dead_letters.extend(dead.iter().map(|dead| dead_letter(&dead.properties)));
 }

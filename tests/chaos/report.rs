@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::faults::{Outcome, Struck};
-use crate::history::{Breach, Finding, History, Kind};
+use crate::history::{Breach, Finding, History, Kind, calm_calls};
 
 /// Findings that are shown.
 const SHOWN: usize = 20;
@@ -33,9 +33,12 @@ impl Report {
     ) -> Self {
         let requests = &history.requests;
         let answered = requests.iter().filter(|request| request.answer.is_some()).count() as u64;
-        let refused = requests.iter().filter(|request| request.kind != Kind::Good).count();
+        let of = |fits: fn(Kind) -> bool| requests.iter().filter(|request| fits(request.kind)).count();
+        let refused = of(|kind| matches!(kind, Kind::Refused | Kind::RefusedSilently));
+        let unanswerable = of(|kind| matches!(kind, Kind::Unanswerable(_)));
+        let calm: Vec<_> = calm_calls(history).map(|(_, took)| Duration::from_micros(took)).collect();
         let updates = requests.iter().flat_map(|request| &request.entries).filter(|entry| entry.sets.is_some()).count();
-        let dead: BTreeSet<_> = history.dead_letters.iter().map(|(id, _)| id).collect();
+        let dead: BTreeSet<_> = history.dead_letters.iter().map(|letter| &letter.id).collect();
         let memory = Memory::new(memory_kib, history.seconds);
         findings.extend(memory.finding(history.seconds));
         let found = |breach| findings.iter().filter(|finding| finding.breach == breach).count().to_string();
@@ -48,6 +51,7 @@ impl Report {
             row("replies", replies.to_string()),
             row("replies that came again", (replies - answered).to_string()),
             row("refused", refused.to_string()),
+            row("with a reply that cannot be delivered", unanswerable.to_string()),
             row("objects created", history.stored.len().to_string()),
             row("updates that overwrite each other", updates.to_string()),
             row("values read of what they overwrite", history.observed.len().to_string()),
@@ -55,6 +59,11 @@ impl Report {
             row("doubled", found(Breach::Doubled)),
             row("wrong", found(Breach::Wrong)),
             row("undone", found(Breach::Undone)),
+            row("calls while nothing was broken", calm.len().to_string()),
+            row(
+                "slowest of these",
+                calm.iter().max().map_or("-".to_owned(), |took| format!("{:.2} s", took.as_secs_f64())),
+            ),
             row("dead letters, all as they should be", dead.len().to_string()),
             row("dead letters that came again", (history.dead_letters.len() - dead.len()).to_string()),
             row("drains cut short by another fault", outcome.not_drained.to_string()),

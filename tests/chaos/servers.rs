@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use composite_start::store::tree;
+use lapin::message::Delivery;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
@@ -12,7 +13,7 @@ use redis::aio::MultiplexedConnection;
 use tokio::time::timeout;
 
 use crate::book::LATEST;
-use crate::history::{History, Object, Part, Stored};
+use crate::history::{DeadLetter, History, Object, Part, Stored};
 
 /// For a healthy server to answer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -99,8 +100,8 @@ impl Observer {
         }
     }
 
-    /// Takes all messages: the properties of each.
-    pub(crate) async fn take_all(&mut self, name: &str) -> Vec<BasicProperties> {
+    /// Takes all messages.
+    pub(crate) async fn take_all(&mut self, name: &str) -> Vec<Delivery> {
         let channel = self.channel().await.expect("the broker is there");
         let mut taken = Vec::new();
         while let Some(message) = timeout(LIMIT, channel.basic_get(name.into(), BasicGetOptions { no_ack: true }))
@@ -108,7 +109,7 @@ impl Observer {
             .expect("the broker answers")
             .unwrap()
         {
-            taken.push(message.delivery.properties);
+            taken.push(message.delivery);
         }
         taken
     }
@@ -135,15 +136,15 @@ impl Observer {
     }
 }
 
-/// What a dead letter says of itself: its `message_id`, and why it is there.
-pub(crate) fn dead_letter(properties: &BasicProperties) -> (String, String) {
+pub(crate) fn dead_letter(properties: &BasicProperties) -> DeadLetter {
     let id = properties.message_id().as_ref().map_or("(no message_id)", |id| id.as_str());
     let headers = properties.headers().clone().unwrap_or_default();
-    let why = match headers.inner().get("x-refusal-message") {
-        Some(AMQPValue::LongString(reason)) => reason.to_string(),
-        _ => format!("{:?}", headers.inner().get("x-death")),
+    let header = |name: &str| headers.inner().get(name);
+    let (why, has_reason) = match (header("x-refusal-message"), header("x-refusal-status")) {
+        (Some(AMQPValue::LongString(reason)), Some(AMQPValue::LongInt(_))) => (reason.to_string(), true),
+        _ => (format!("{:?}", header("x-death")), false),
     };
-    (id.to_owned(), why)
+    DeadLetter { id: id.to_owned(), why, has_reason }
 }
 
 // ---- the store
@@ -158,9 +159,10 @@ impl Servers {
             match key.strip_prefix("cs:{").and_then(|rest| rest.split_once("}:")) {
                 Some((_, "seq")) => {}
                 Some((_, "ids")) => trees.push((key, None)),
-                Some((_, tree)) => match tree.strip_prefix("tree:").and_then(customer) {
-                    Some(customer) => trees.push((key, Some(customer))),
-                    None => history.strange.push(format!("Redis holds the key {key}")),
+                Some((_, tree)) => match tree.strip_prefix("tree:").map(|tree| (customer(tree), unanswerable(tree))) {
+                    Some((Some(customer), _)) => trees.push((key, Some(customer))),
+                    Some((_, Some(number))) => drop(history.unanswerable.insert(number)),
+                    _ => history.strange.push(format!("Redis holds the key {key}")),
                 },
                 None => history.strange.push(format!("Redis holds the key {key}")),
             }
@@ -189,9 +191,17 @@ fn customer(identity: &str) -> Option<u32> {
     identity.strip_prefix("//c")?.strip_suffix("/booking/")?.parse().ok()
 }
 
+/// `//r7/booking/` is that of request 7, which cannot be answered.
+fn unanswerable(identity: &str) -> Option<u32> {
+    identity.strip_prefix("//r")?.strip_suffix("/booking/")?.parse().ok()
+}
+
 fn read_ids(hash: &tree::Fields, history: &mut History) -> Option<()> {
     for (id, identity) in hash {
-        history.ids.insert(id.parse().ok()?, customer(std::str::from_utf8(identity).ok()?)?);
+        let identity = std::str::from_utf8(identity).ok()?;
+        if unanswerable(identity).is_none() {
+            history.ids.insert(id.parse().ok()?, customer(identity)?);
+        }
     }
     Some(())
 }

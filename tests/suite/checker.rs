@@ -1,5 +1,7 @@
 //! The checker of `make chaos` on histories that are doctored: one that finds nothing in them would prove nothing.
 
+use std::collections::BTreeSet;
+
 #[path = "../chaos/history.rs"]
 mod history;
 #[path = "../chaos/registers.rs"]
@@ -9,7 +11,10 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
-use history::{Answer, Breach, Entry, Finding, History, Kind, Object, Observed, Part, Request, Stored, Told, check};
+use history::{
+    Answer, Breach, DeadLetter, Entry, Finding, History, Kind, Object, Observed, Part, ReplyTo, Request, Stored, Told,
+    check,
+};
 use registers::Span;
 
 /// A good history: two creators, a finder that comes later, a refusal and a dead letter.
@@ -60,7 +65,9 @@ fn good() -> History {
         observed: Vec::new(),
         ids: [(1, 1), (5, 2)].into(),
         strange: Vec::new(),
-        dead_letters: vec![("r4".to_owned(), "services[0].state.state_type: required".to_owned())],
+        dead_letters: vec![dead_letter("r4", "services[0].state.state_type: required", true)],
+        unanswerable: BTreeSet::new(),
+        outages: Vec::new(),
         seconds: 0,
     }
 }
@@ -76,6 +83,10 @@ fn told(at: u64, objects: &[(u64, bool)]) -> Answer {
 
 fn stored(customer: u32, part: Part, id: u64, marks: &[u32]) -> Stored {
     Stored { object: Object { customer, part }, id, marks: marks.iter().copied().collect(), latest: None }
+}
+
+fn dead_letter(id: &str, why: &str, has_reason: bool) -> DeadLetter {
+    DeadLetter { id: id.to_owned(), why: why.to_owned(), has_reason }
 }
 
 /// The findings in a good history that was then doctored.
@@ -248,7 +259,10 @@ fn a_trace_of_a_refused_request_is_wrong() {
 fn a_missing_dead_letter_and_one_too_many_are_found() {
     assert_finds(Breach::DeadLetters, "r4 was refused and is not among", |history| history.dead_letters.clear());
     assert_finds(Breach::DeadLetters, "r1 is among the dead letters: delivery_limit", |history| {
-        history.dead_letters.push(("r1".to_owned(), "delivery_limit".to_owned()));
+        history.dead_letters.push(dead_letter("r1", "delivery_limit", true));
+    });
+    assert_finds(Breach::DeadLetters, "dead letter r4 names no reason", |history| {
+        history.dead_letters[0].has_reason = false;
     });
 }
 
@@ -256,6 +270,83 @@ fn a_missing_dead_letter_and_one_too_many_are_found() {
 fn a_dead_letter_that_came_twice_is_right() {
     let findings = found(|history| history.dead_letters.push(history.dead_letters[0].clone()));
     assert!(findings.is_empty(), "{findings:?}");
+}
+
+/// r5, whose reply cannot be delivered, became a dead letter.
+fn with_unanswerable(reply_to: ReplyTo) -> impl FnOnce(&mut History) {
+    move |history| {
+        let kind = Kind::Unanswerable(reply_to);
+        history.requests.push(Request {
+            kind,
+            entries: Box::default(),
+            confirmed: true,
+            ..history.requests[4].clone()
+        });
+        history.unanswerable.insert(5);
+        history.dead_letters.push(dead_letter("r5", "the reply could not be delivered", true));
+    }
+}
+
+#[test]
+fn a_request_whose_reply_cannot_be_delivered_becomes_a_dead_letter_with_a_reason_or_is_answered() {
+    let findings = found(with_unanswerable(ReplyTo::MalformedDirect));
+    assert!(findings.is_empty(), "{findings:?}");
+    let doctored = |doctor: fn(&mut History)| {
+        move |history: &mut History| {
+            with_unanswerable(ReplyTo::FullQueue)(history);
+            doctor(history);
+        }
+    };
+    assert_finds(
+        Breach::DeadLetters,
+        "dead letter r5 names no reason",
+        doctored(|history| {
+            history.dead_letters[1].has_reason = false;
+        }),
+    );
+    assert_finds(Breach::Lost, "r5 (FullQueue) got no answer", doctored(|history| history.dead_letters.truncate(1)));
+    assert_finds(
+        Breach::Wrong,
+        "what r5 (FullQueue) asked for is not",
+        doctored(|history| history.unanswerable.clear()),
+    );
+    let findings = found(doctored(|history| {
+        history.dead_letters.truncate(1);
+        history.requests[5].answer = Some(told(50, &[(9, true), (10, true)]));
+    }));
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+#[test]
+fn a_request_of_a_client_that_is_gone_may_vanish_but_is_done() {
+    let vanished = |history: &mut History| {
+        with_unanswerable(ReplyTo::GoneClient)(history);
+        history.dead_letters.truncate(1);
+    };
+    let findings = found(vanished);
+    assert!(findings.is_empty(), "{findings:?}");
+    assert_finds(Breach::Wrong, "what r5 (GoneClient) asked for is not in Redis", |history| {
+        vanished(history);
+        history.unanswerable.clear();
+    });
+}
+
+#[test]
+fn a_call_of_a_second_is_slow_unless_something_was_broken_meanwhile() {
+    let late = |history: &mut History| history.requests[2].answer.as_mut().unwrap().at = 1_000_020;
+    assert_finds(Breach::Slow, "r2, sent at 20 µs, took 1000000 µs", late);
+    let outage = |start, end| {
+        move |history: &mut History| {
+            late(history);
+            history.outages.push(Span { start, end });
+        }
+    };
+    assert_finds(Breach::Slow, "r2", outage(5, 19));
+    assert_finds(Breach::Slow, "r2", outage(1_000_021, 1_000_030));
+    for (start, end) in [(5, 20), (500, 600), (1_000_000, 2_000_000), (0, 2_000_000)] {
+        let findings = found(outage(start, end));
+        assert!(findings.is_empty(), "{findings:?}");
+    }
 }
 
 #[test]
