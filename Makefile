@@ -24,12 +24,13 @@ bench: ## how fast a worker answers here, and at what cost, at seven settings (u
 micro: ## what single steps of a request cost, without servers
 	cargo bench --locked --bench micro
 
-check: ## format, lints and documentation
+check: ## format, lints, documentation, and that fuzz/ compiles
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --features otel -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items --features otel
+	scripts/fuzz check
 
 settings: ## docs/settings.md anew, from the comments in config/default.toml
 	@page=$$(cargo run --locked --quiet --example settings_reference) && printf '%s\n' "$$page" >docs/settings.md
