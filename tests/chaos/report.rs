@@ -1,14 +1,14 @@
 //! The table at the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
 use crate::faults::{Outcome, Struck};
 use crate::history::{Breach, Finding, History, Kind, calm_calls};
 
-/// Findings that are shown.
-const SHOWN: usize = 20;
+/// Findings that are shown of each kind.
+const SHOWN: usize = 10;
 /// The elder's memory is judged in runs that are at least this long...
 const LONG_RUN_SECONDS: u64 = 600;
 /// ...and from this moment on.
@@ -92,8 +92,13 @@ impl fmt::Display for Report {
         if !self.findings.is_empty() {
             writeln!(f, "\n{} findings:", self.findings.len())?;
         }
-        for Finding { breach, text } in self.findings.iter().take(SHOWN) {
-            writeln!(f, "- {breach:?}: {text}")?;
+        let mut shown = BTreeMap::new();
+        for Finding { breach, text } in &self.findings {
+            let shown = shown.entry(breach).or_insert(0);
+            *shown += 1;
+            if *shown <= SHOWN {
+                writeln!(f, "- {breach:?}: {text}")?;
+            }
         }
         Ok(())
     }
