@@ -132,6 +132,8 @@ pub struct Worker {
     pub drain_seconds: u64,
     /// Time to hold requests while Redis is away.
     pub hold_seconds: u64,
+    /// Time to retry a reply that RabbitMQ does not take.
+    pub reply_seconds: u64,
     /// Threads that work side by side.
     pub lanes: u64,
     /// Until a lane to which nothing is delivered, although requests wait, is not alive; 0 is never.
@@ -321,6 +323,7 @@ impl Settings {
         check_range("limits.name_bytes", self.limits.name_bytes, 1, 1024)?;
         check_range("worker.drain_seconds", self.worker.drain_seconds, 1, 3600)?;
         check_range("worker.hold_seconds", self.worker.hold_seconds, 1, 1500)?;
+        check_range("worker.reply_seconds", self.worker.reply_seconds, 1, 45)?;
         check_range("worker.lanes", self.worker.lanes, 1, 64)?;
         check_range("worker.stall_seconds", self.worker.stall_seconds, 0, 86_400)?;
         check_listen(&self.http.listen)?;

@@ -230,7 +230,8 @@ impl<'a> Worker<'a> {
         let (answering, retrying) = (answering(store), answering(&mut store_for_retries));
         let settling =
             Settling::new(acknowledger, publisher, valve.clone(), in_hand, monitor.metrics(), (suspects, verdicts));
-        let quarantine = Quarantine::new(&settings.amqp, reputations, valve.clone(), decided);
+        let limit = Duration::from_secs(settings.worker.reply_seconds);
+        let quarantine = Quarantine::new(&settings.amqp, limit, reputations, valve.clone(), decided);
         let working = async {
             let (ended, (), (), ()) = tokio::try_join!(
                 answering.answer_all(intake, published.clone(), deferred),

@@ -40,8 +40,6 @@ use crate::settings::Amqp as Settings;
 use crate::traces::TraceContext;
 use crate::worker::reputation::{Misbehaviour, Reputations};
 
-/// After which an undelivered reply is given up, from its coming here; time in which RabbitMQ blocks does not count.
-const DEADLINE: Duration = Duration::from_secs(30);
 /// For a trial to be confirmed, before others are tried beside it.
 const TRIAL_LIMIT: Duration = Duration::from_millis(500);
 /// Trials that run at once on the shared connection.
@@ -112,6 +110,8 @@ pub(super) enum Verdict {
 /// Tries undelivered replies again.
 pub(super) struct Quarantine<'a> {
     settings: &'a Settings,
+    /// After which an undelivered reply is given up, from its coming here; time in which RabbitMQ blocks does not count.
+    limit: Duration,
     reputations: &'a Reputations,
     valve: Valve,
     verdicts: mpsc::UnboundedSender<(u64, Verdict)>,
@@ -212,12 +212,14 @@ enum Trial {
 impl<'a> Quarantine<'a> {
     pub(super) fn new(
         settings: &'a Settings,
+        limit: Duration,
         reputations: &'a Reputations,
         valve: Valve,
         verdicts: mpsc::UnboundedSender<(u64, Verdict)>,
     ) -> Self {
         Self {
             settings,
+            limit,
             reputations,
             valve,
             verdicts,
@@ -272,8 +274,8 @@ impl<'a> Quarantine<'a> {
         let job = Job { undelivered, order: self.order, is_looked_up_first, stays_alone: false, reason };
         let address = job.address();
         self.jobs.insert(key, job);
-        let mut valve = self.valve.clone();
-        self.events.push(async move { valve.overdue(DEADLINE).map(|()| Event::Expired(key)).await }.boxed());
+        let (mut valve, limit) = (self.valve.clone(), self.limit);
+        self.events.push(async move { valve.overdue(limit).map(|()| Event::Expired(key)).await }.boxed());
         match cause {
             Cause::Unconfirmed(confirm) => {
                 self.listen(key, confirm, None);
@@ -457,7 +459,7 @@ impl<'a> Quarantine<'a> {
             }
             Event::PauseOver(address) => self.free(address),
             Event::TryAlone(key) => self.wait_to_be_alone(key),
-            Event::Expired(key) => self.give_up(key, &format!("not delivered within {} s", DEADLINE.as_secs())),
+            Event::Expired(key) => self.give_up(key, &format!("not delivered within {} s", self.limit.as_secs())),
         }
     }
 
@@ -496,12 +498,12 @@ impl<'a> Quarantine<'a> {
                     // One is enough to find out when it is over.
                     let blocked = (!is_blocked).then(|| address.clone());
                     is_blocked = true;
-                    let (mut valve, connection) = (self.valve.clone(), connection.cloned());
+                    let (mut valve, limit, connection) = (self.valve.clone(), self.limit, connection.cloned());
                     let confirm = async move {
                         let _kept_open = connection;
                         tokio::select! {
                             fate = publication.fate() => matches!(fate, Ok(Fate::Confirmed)),
-                            () = valve.overdue(DEADLINE) => false,
+                            () = valve.overdue(limit) => false,
                         }
                     };
                     self.listen(key, confirm.boxed(), blocked);

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::cluster::{Cluster, Node};
-use crate::harness::{Client, Outgoing, Space, Worker, body, entry, eventually};
+use crate::harness::{Client, Outgoing, Space, Worker, body, entry, eventually, soon};
 
 /// A call of an innocent client may take so long, at most. On a machine of its own a worker keeps it below one second, which
 /// `make chaos` measures; these tests share their cores, and what they guard against took eleven seconds at the least.
@@ -19,9 +20,13 @@ const SLOWEST: Duration = Duration::from_secs(4);
 /// A request whose reply cannot be delivered ends within this.
 const GUILTY_ENDS: Duration = Duration::from_mins(1);
 
+/// For replies to be given up.
+const SOON: (&str, &str) = ("worker.reply_seconds", "5");
+
 /// A client whose calls are all in order, one after the other.
 struct Innocent {
     is_over: Arc<AtomicBool>,
+    answered: watch::Receiver<u32>,
     calls: JoinHandle<(u32, Duration)>,
 }
 
@@ -31,6 +36,7 @@ impl Innocent {
         client.request(body(&[entry("innocent", "s", "t", "k")])).await;
         let is_over = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&is_over);
+        let (tell, answered) = watch::channel(0);
         let calls = tokio::spawn(async move {
             let (mut count, mut slowest) = (0, Duration::ZERO);
             while !told.load(Ordering::Relaxed) {
@@ -39,11 +45,18 @@ impl Innocent {
                 slowest = slowest.max(asked.elapsed());
                 assert_eq!(reply.status, 200);
                 count += 1;
+                tell.send_replace(count);
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             (count, slowest)
         });
-        Self { is_over, calls }
+        Self { is_over, answered, calls }
+    }
+
+    /// Waits until so many more calls are answered.
+    async fn makes_calls(&mut self, more: u32) {
+        let enough = *self.answered.borrow() + more;
+        soon("calls", self.answered.wait_for(|count| *count >= enough)).await.expect("every call is answered");
     }
 
     /// How many calls were answered meanwhile, all of them in time.
@@ -156,7 +169,7 @@ async fn full_queue(client: &Client) -> String {
 async fn requests_whose_reply_queue_is_full(queue_type: &str) {
     const REQUESTS: usize = 600;
     let space = Space::new();
-    let worker = space.worker_with(&[("amqp.queue_type", queue_type)]).await;
+    let worker = space.worker_with(&[("amqp.queue_type", queue_type), SOON]).await;
     let client = space.client().await;
     let full = full_queue(&client).await;
     let innocent = Innocent::of(space.client().await).await;
@@ -207,10 +220,11 @@ async fn remove_member(through: &Node, queue: &str, of: &Node) {
 }
 
 /// A worker on the first of two nodes, whose own queues are there alone: the other node may go.
-async fn on_the_near_node(cluster: &Cluster, queue_type: &str) -> (Space, Worker) {
+async fn on_the_near_node(cluster: &Cluster, queue_type: &str, settings: &[(&str, &str)]) -> (Space, Worker) {
     let [near, far] = cluster.nodes();
     let space = Space::new();
-    let worker = space.worker_with(&[("amqp.url", &*near.url), ("amqp.queue_type", queue_type)]).await;
+    let settings = [&[("amqp.url", &*near.url), ("amqp.queue_type", queue_type)], settings].concat();
+    let worker = space.worker_with(&settings).await;
     if queue_type == "quorum" {
         for queue in [&space.queue, &space.dead_letter_queue()] {
             remove_member(near, queue, far).await;
@@ -223,7 +237,7 @@ async fn a_reply_queue_without_its_quorum(queue_type: &str) {
     const REQUESTS: usize = 60;
     let cluster = Cluster::of(2).await;
     let [near, far] = cluster.nodes();
-    let (space, worker) = on_the_near_node(&cluster, queue_type).await;
+    let (space, worker) = on_the_near_node(&cluster, queue_type, &[SOON]).await;
     let client = near.client(&space.queue).await;
     // One that has lost its leader, and one whose leader is left alone: what RabbitMQ makes of a reply differs.
     far.declare("replies-0", "quorum").await;
@@ -253,7 +267,7 @@ async fn a_reply_queue_that_lost_its_quorum_costs_its_requests_alone_on_a_classi
 async fn a_durable_reply_queue_whose_node_is_down_gets_its_reply_when_the_node_is_back() {
     let cluster = Cluster::of(2).await;
     let [near, far] = cluster.nodes();
-    let (space, worker) = on_the_near_node(&cluster, "quorum").await;
+    let (space, worker) = on_the_near_node(&cluster, "quorum", &[]).await;
     let client = near.client(&space.queue).await;
     far.declare("replies", "classic").await;
     let innocent = Innocent::of(near.client(&space.queue).await).await;
@@ -271,7 +285,7 @@ async fn a_durable_reply_queue_whose_node_is_down_gets_its_reply_when_the_node_i
 async fn requests_whose_reply_queues_node_stays_down_become_dead_letters_and_are_retried_with_their_address() {
     let cluster = Cluster::of(2).await;
     let [near, far] = cluster.nodes();
-    let (space, mut worker) = on_the_near_node(&cluster, "quorum").await;
+    let (space, mut worker) = on_the_near_node(&cluster, "quorum", &[SOON]).await;
     let client = near.client(&space.queue).await;
     far.declare("replies", "classic").await;
     far.kill().await;
@@ -289,21 +303,23 @@ async fn requests_whose_reply_queues_node_stays_down_become_dead_letters_and_are
 async fn a_direct_reply_address_whose_node_is_gone_costs_nobody_else_anything() {
     let cluster = Cluster::of(2).await;
     let [near, far] = cluster.nodes();
-    let (space, worker) = on_the_near_node(&cluster, "classic").await;
+    let (space, worker) = on_the_near_node(&cluster, "classic", &[]).await;
     let client = near.client(&space.queue).await;
     let address = direct_address(&Client::connect_direct_on(far.channel().await, "").await).await;
-    let innocent = Innocent::of(near.client(&space.queue).await).await;
+    let mut innocent = Innocent::of(near.client(&space.queue).await).await;
     far.kill().await;
     for index in 0..20 {
         client.send(&guilty(index, &address)).await;
     }
     // RabbitMQ 3.10 closes the connection over such an address; 4.0 takes the reply, and drops it.
+    eventually("an empty queue", async || (client.count(&space.queue).await == 0).then_some(())).await;
+    innocent.makes_calls(50).await;
+    innocent.was_not_disturbed("a direct reply address of a node that is gone").await;
     eventually("the end of each request", async || {
         let queues = near.rabbitmqctl(&["-q", "list_queues", "name", "messages"]).await;
         queues.lines().any(|line| line.split_whitespace().eq([&*space.queue, "0"])).then_some(())
     })
     .await;
-    innocent.was_not_disturbed("a direct reply address of a node that is gone").await;
     assert_eq!(sessions(&worker), 1, "{}", worker.log());
 }
 
