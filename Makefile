@@ -10,7 +10,7 @@ demo: ## watch the published example and 20,000 requests being answered (under f
 
 test: check ## all checks and all tests, against private servers; TESTS="name" runs some
 	@scripts/with-servers scripts/run-tests $(TESTS)
-	@$(if $(TESTS),,CHAOS_SECONDS=60 scripts/chaos test)
+	@$(if $(TESTS),,CHAOS_SECONDS=60 CHAOS_CALL_LIMIT_MS=5000 scripts/chaos test)
 
 matrix: ## the tests that need servers, against each supported pair of servers; needs root (some minutes); TESTS="name" runs some
 	@scripts/matrix $(TESTS)

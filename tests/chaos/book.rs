@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::sync::oneshot;
@@ -170,8 +170,10 @@ impl Book {
     }
 
     /// The requests; the rest of the history is for others to fill in.
-    pub(crate) fn close(&self, seconds: u64) -> History {
-        History { requests: std::mem::take(&mut self.pages().requests), seconds, ..History::default() }
+    pub(crate) fn close(&self, seconds: u64, call_limit: Duration) -> History {
+        let requests = std::mem::take(&mut self.pages().requests);
+        let call_limit = u64::try_from(call_limit.as_micros()).expect("a short time");
+        History { requests, call_limit, seconds, ..History::default() }
     }
 }
 

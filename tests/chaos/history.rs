@@ -10,9 +10,6 @@ use super::registers::{NEVER, Register, Span};
 /// Successes in a minute, at least: a run in which everything fails must not look like a good one.
 const SUCCESSES_A_MINUTE: u64 = 1000;
 
-/// For a call while no server, no worker and no way between them is in trouble, whatever others ask for.
-const CALL_LIMIT: Moment = 1_000_000;
-
 /// Microseconds since the run began.
 pub(crate) type Moment = u64;
 
@@ -34,6 +31,8 @@ pub(crate) struct History {
     pub(crate) unanswerable: BTreeSet<u32>,
     /// From a fault to the recovery from it; not of those that a single request causes.
     pub(crate) outages: Vec<Span>,
+    /// For a call while no server, no worker and no way between them is in trouble, whatever others ask for.
+    pub(crate) call_limit: Moment,
     pub(crate) seconds: u64,
 }
 
@@ -399,7 +398,7 @@ pub(crate) fn calm_calls(history: &History) -> impl Iterator<Item = (u32, Moment
 }
 
 fn slow(history: &History) -> impl Iterator<Item = Finding> {
-    calm_calls(history).filter(|(_, took)| *took >= CALL_LIMIT).map(|(number, took)| {
+    calm_calls(history).filter(|(_, took)| *took >= history.call_limit).map(|(number, took)| {
         let sent = history.requests[number as usize].first_sent;
         finding(Breach::Slow, format!("r{number}, sent at {sent} µs, took {took} µs while nothing was broken"))
     })

@@ -1,7 +1,8 @@
 //! `make chaos`: three workers, clients that repeat and give up waiting, and faults that a seed determines. Then all is
 //! healed, and everything that was asked and answered is held against what must be true of it.
 //!
-//! `CHAOS_SECONDS` (60) and `CHAOS_SEED` (1) determine the run. `scripts/chaos` starts the servers that it may kill.
+//! `CHAOS_SECONDS` (60) and `CHAOS_SEED` (1) determine the run, and `CHAOS_CALL_LIMIT_MS` (1000) how long a call may take while nothing
+//! is broken. `scripts/chaos` starts the servers that it may kill.
 
 // The leave that clippy.toml gives tests ends at functions without #[test].
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
@@ -88,7 +89,7 @@ async fn chaos(seconds: u64, seed: u64, folder: &Path) -> Report {
     let dead_letters = take_dead_letters(&world).await;
     findings.extend(drain(&world).await);
 
-    let mut history = world.book.close(seconds);
+    let mut history = world.book.close(seconds, Duration::from_millis(number("CHAOS_CALL_LIMIT_MS", 1000)));
     history.dead_letters = dead_letters;
     history.outages.clone_from(&outcome.outages);
     history.observed = reading.await.unwrap();

@@ -68,6 +68,7 @@ fn good() -> History {
         dead_letters: vec![dead_letter("r4", "services[0].state.state_type: required", true)],
         unanswerable: BTreeSet::new(),
         outages: Vec::new(),
+        call_limit: 1_000_000,
         seconds: 0,
     }
 }
