@@ -139,6 +139,10 @@ impl BrokerError {
         }
     }
 
+    fn is_silent(&self) -> bool {
+        matches!(self.cause, Cause::Silent(_))
+    }
+
     fn is_not_found(&self) -> bool {
         self.objection().is_some_and(|(kind, _)| *kind == AMQPSoftError::NOTFOUND)
     }

@@ -1,5 +1,7 @@
 //! What is known of a reply address before something is published to it, and what RabbitMQ says of its queue.
 
+use std::time::Duration;
+
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection};
@@ -32,6 +34,9 @@ fn is_base64(text: &str) -> bool {
     text.len().is_multiple_of(4) && text.len() - digits.len() <= 2 && digits.bytes().all(is_digit)
 }
 
+/// For RabbitMQ to say whether a queue exists: of one on a node that has just gone RabbitMQ 4.0 says nothing for a while.
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(3);
+
 /// What RabbitMQ says of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
@@ -39,7 +44,7 @@ pub enum Presence {
     Exists,
     /// It does not exist.
     Missing,
-    /// It is durable, and on a node that is down.
+    /// It is on a node that is down, or RabbitMQ does not say.
     Down,
 }
 
@@ -48,11 +53,14 @@ pub enum Presence {
 /// connection.
 pub(super) async fn look_up(connection: &Connection, queue: &ShortString) -> Result<Presence, BrokerError> {
     let channel = within(ANSWER_LIMIT, "open a channel", connection.create_channel()).await?;
-    match passive_declare(&channel, queue).await {
-        Ok(()) => {
+    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+    let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default());
+    match within(LOOK_UP_LIMIT, format!("look up queue {queue}"), declared).await {
+        Ok(_) => {
             within(ANSWER_LIMIT, "close a channel", channel.close(200, "OK".into())).await?;
             Ok(Presence::Exists)
         }
+        Err(error) if error.is_silent() => Ok(Presence::Down),
         Err(error) => presence(error),
     }
 }
