@@ -523,11 +523,7 @@ impl Answering<'_, '_> {
         for found in results.iter().flatten().filter(|found| found.sequence_moved) {
             self.monitor.metrics().sequence_recovered();
             let key = format!("{}:{{{}}}:seq", self.store.key_prefix(), found.service.id % BUCKETS);
-            error!(
-                key,
-                "the sequence of ids in Redis was lost or set back; continuing with unused ids, no record was overwritten. \
-                 Find out who deletes or evicts keys: maxmemory-policy must be noeviction"
-            );
+            error!(key, "the sequence of ids in Redis was lost or set back; continuing with unused ids");
         }
     }
 

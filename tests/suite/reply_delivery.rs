@@ -40,10 +40,11 @@ impl Innocent {
         let calls = tokio::spawn(async move {
             let (mut count, mut slowest) = (0, Duration::ZERO);
             while !told.load(Ordering::Relaxed) {
-                let asked = Instant::now();
-                let reply = client.request(body(&[entry("innocent", "s", "t", "k")])).await;
+                let (asked, request) = (Instant::now(), client.outgoing(body(&[entry("innocent", "s", "t", "k")])));
+                client.send(&request).await;
+                // A reply may come twice.
+                while client.reply().await.properties.correlation_id() != request.properties.correlation_id() {}
                 slowest = slowest.max(asked.elapsed());
-                assert_eq!(reply.status, 200);
                 count += 1;
                 tell.send_replace(count);
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -122,8 +123,9 @@ async fn direct_address(direct: &Client) -> String {
 async fn broken_direct_addresses() -> Vec<String> {
     let own = direct_address(&Client::connect_direct("").await).await;
     let (start, key) = own.rsplit_once('.').unwrap();
-    // The same process id with another number, as of a node that is gone: all characters stay Base64.
-    let forged = ["Z", "q", "7"].map(|digit| format!("{}{digit}{}.{key}", &start[..40], &start[41..]));
+    // The same process id on another node, as of one that is gone: this is within the name of the node, in Base64.
+    let others = ["Z", "q", "7"].into_iter().filter(|digit| *digit != &start[40..41]);
+    let forged = others.map(|digit| format!("{}{digit}{}.{key}", &start[..40], &start[41..]));
     let malformed = ["a.b", "Z2FyYmFnZSE=.a2V5", "é.ü", " . "].map(|rest| format!("amq.rabbitmq.reply-to.{rest}"));
     malformed.into_iter().chain(forged).collect()
 }
@@ -273,7 +275,8 @@ async fn a_durable_reply_queue_whose_node_is_down_gets_its_reply_when_the_node_i
     let innocent = Innocent::of(near.client(&space.queue).await).await;
     far.kill().await;
     client.send(&guilty(0, "replies")).await;
-    worker.says("the reply queue is on a node that is down").await;
+    // RabbitMQ 3.10 returns it, 4.0 refuses it.
+    worker.says("replies to this address are quarantined").await;
     far.start().await;
     client.take("replies").await;
     innocent.was_not_disturbed("a reply queue whose node is down").await;
