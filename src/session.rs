@@ -173,8 +173,9 @@ impl Session {
         let mut broker = Broker::connect(&settings.amqp, waiting_bytes(settings)).await?;
         monitor.health.works(|parts| (parts.consume_connection, parts.publish_connection) = (true, true));
         let rabbitmq = broker.version()?;
-        store.warn_of_risks().await;
         let (endpoints, probe) = broker.open().await?;
+        // Behind all that may end the start with one line.
+        store.warn_of_risks().await;
         monitor.health.works(|parts| (parts.publishing, parts.consumer) = (true, true));
         Ok(Self { rabbitmq, broker, endpoints, probe })
     }

@@ -291,6 +291,15 @@ impl Worker {
         self.log.0.lock().unwrap().clone()
     }
 
+    /// What it warned of, but that the Redis of the tests keeps nothing on disk.
+    pub fn warnings(&self) -> Vec<String> {
+        let lines = self.log().lines().filter(|line| line.contains("WARN")).map(str::to_owned).collect::<Vec<_>>();
+        lines
+            .into_iter()
+            .filter(|line| !line.contains("records may be lost cause=Redis keeps nothing on disk"))
+            .collect()
+    }
+
     /// Waits until its log holds `text`.
     pub async fn says(&self, text: &str) {
         self.says_times(text, 1).await;
