@@ -4,7 +4,7 @@ use composite_start::identity::{Identity, RequestDigest, RequestName};
 use composite_start::reply::{Refusal, Reply};
 use composite_start::request::{Entry, Event, Header, Message, Request};
 use composite_start::settings::{Limits, OnFound};
-use composite_start::store::script::Call;
+use composite_start::store::script::{Call, Terms};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
@@ -180,13 +180,12 @@ fn check_calls(message: &Message<'_>, request: &Request<'_>) {
         tokens.push(token);
         let call = Call::new("cs", &request.tenant, entry, token);
         for on_found in [OnFound::Merge, OnFound::Keep] {
-            let command = call.command("EVAL", "return 1", on_found, NOW).get_packed_command();
+            let terms = Terms::new(on_found, "2026-01-31T08:30:00.000Z", 60);
+            let command = call.command("EVAL", "return 1", &terms).get_packed_command();
             check_command(entry, call.tree(), &arguments(&command));
         }
     }
 }
-
-const NOW: &str = "\"2026-01-31T08:30:00.000Z\"";
 
 /// The arguments of a command as Redis reads it: `*2\r\n$3\r\nGET\r\n$1\r\nk\r\n`.
 fn arguments(command: &[u8]) -> Vec<&[u8]> {
@@ -212,32 +211,34 @@ fn arguments(command: &[u8]) -> Vec<&[u8]> {
 
 /// The arguments are those that the header of `find_or_create.lua` names.
 fn check_command(entry: &Entry<'_>, tree: &str, arguments: &[&[u8]]) {
-    let text = |at: usize| std::str::from_utf8(arguments[at]).expect("every argument is text");
-    assert_eq!([text(0), text(2)], ["EVAL", "3"]);
-    let (sequence, ids, bucket) = (text(3), text(4), text(6));
-    for key in [sequence, ids, tree] {
-        let tag = key.split_once('{').and_then(|(_, rest)| rest.split_once('}')).expect("a hash tag").0;
-        assert_eq!(tag, bucket, "{key:?} may live elsewhere");
-    }
-    assert_eq!((text(5), tree.ends_with(text(7))), (tree, true));
-    assert_eq!(text(8).len(), 16);
-    assert_eq!(text(12), entry.state.type_name);
-    assert_eq!(text(13).is_empty(), entry.task.is_none());
+    let text = |argument: &[u8]| std::str::from_utf8(argument).expect("text").to_owned();
+    let [how, _, keys, sequence, ids, of, token, _, _, task, update, rest @ ..] = arguments else { panic!("too few") };
+    assert_eq!([text(how), text(keys), text(of)], ["EVAL", "3", tree]);
+    let tags = [sequence, ids, of].map(|key| {
+        let key = text(key);
+        key.split_once('{').and_then(|(_, rest)| rest.split_once('}')).expect("a hash tag").0.to_owned()
+    });
+    assert!(tags.iter().all(|tag| *tag == tags[0]), "{tags:?}: the keys may live on several nodes");
+    assert_eq!((token.len(), update.len()), (16, 12));
+    assert_eq!(text(task) == "none", entry.task.is_none());
 
-    let mut fields = arguments[20..].chunks_exact(2);
-    let counts = (14..20).map(|at| text(at).parse::<usize>().expect("a count")).collect::<Vec<_>>();
-    for (kind, part) in counts.chunks_exact(2).enumerate() {
-        let is_there = kind < 2 || entry.task.is_some();
-        assert_eq!(part[0] >= 2, is_there, "type and started");
-        let mut names = Vec::new();
-        for position in 0..part[0] + part[1] {
-            let [name, json] = fields.next().expect("as many fields as announced") else { unreachable!() };
-            serde_json::from_slice::<IgnoredAny>(json).expect("a field is JSON");
-            assert_eq!(name.starts_with(b"data."), position >= part[0]);
-            names.push(name);
-        }
-        names.sort_unstable();
-        assert!(names.windows(2).all(|two| two[0] != two[1]), "one field twice");
+    let events: Vec<_> =
+        [Some(&entry.service.event), Some(&entry.state), entry.task.as_ref()].into_iter().flatten().collect();
+    let (objects, data) = rest.split_at(2 * events.len());
+    let places: Vec<_> = objects.chunks_exact(2).map(|object| text(object[0]) + "/").collect();
+    for object in objects.chunks_exact(2) {
+        serde_json::from_slice::<IgnoredAny>(object[1]).expect("a record is JSON");
     }
-    assert!(fields.next().is_none() && fields.remainder().is_empty(), "more fields than announced");
+    // Packed, they are one argument.
+    if data.len() == 1 {
+        return;
+    }
+    assert_eq!(data.len(), 2 * events.iter().map(|event| event.data.len()).sum::<usize>());
+    let mut names: Vec<_> = data.chunks_exact(2).map(|field| text(field[0])).collect();
+    assert!(names.iter().all(|name| places.iter().any(|place| name.starts_with(place))), "{names:?}");
+    for field in data.chunks_exact(2) {
+        serde_json::from_slice::<IgnoredAny>(field[1]).expect("attached data is JSON");
+    }
+    names.sort_unstable();
+    assert!(names.windows(2).all(|two| two[0] != two[1]), "one field twice");
 }

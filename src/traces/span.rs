@@ -196,7 +196,7 @@ impl RequestSpan {
     pub(crate) fn settled(mut self, outcome: Outcome) {
         let error = match outcome {
             Outcome::Answered | Outcome::Done | Outcome::Refused | Outcome::DeadLettered => None,
-            Outcome::Failed | Outcome::GivenBack => Some(outcome.label()),
+            Outcome::Failed | Outcome::Undeliverable | Outcome::GivenBack | Outcome::Requeued => Some(outcome.label()),
         };
         self.end(outcome.label(), error);
     }
