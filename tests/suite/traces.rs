@@ -301,10 +301,10 @@ mod spans {
     #[tokio::test]
     async fn an_endpoint_that_is_none_is_refused_at_the_start_by_one_line_without_its_secrets() {
         let cases = [
-            ("127.0.0.1:4318", "not an address like http://127.0.0.1:4318"),
-            ("grpc://h:4317", "begins with grpc:, expected http:// or https://"),
+            ("127.0.0.1:4318", "must begin with http:// or https://"),
+            ("grpc://h:4317", "must begin with http:// or https://"),
             ("http://u:hunter2@h:4318", "names a user"),
-            ("http://h:4318?key=hunter2", "nothing may stand behind a ? or a #"),
+            ("http://h:4318?key=hunter2", "nothing may stand behind a ?"),
             ("http://h:4318/v1/traces", "leave /v1/traces out: it is added"),
         ];
         for (endpoint, start) in cases {
