@@ -75,9 +75,10 @@ async fn all(
                 None => return result,
             },
             () = &mut shutdown, if !is_told => {
-                info!("stopping: no more requests are taken, those in hand are finished");
                 is_told = true;
+                // The lanes are told first: whoever reads the line may count on it.
                 stop.send_replace(true);
+                info!("stopping: no more requests are taken, those in hand are finished");
             }
             () = &mut out_of_time => return Err(graver(result, RunError::Stuck)),
         }
