@@ -27,7 +27,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::amqp::delivery::Delivery;
@@ -117,6 +117,8 @@ pub(super) struct Quarantine<'a> {
     verdicts: mpsc::UnboundedSender<(u64, Verdict)>,
     places: usize,
     jobs: BTreeMap<u64, Job>,
+    /// Of the jobs, in the order of their coming: one timer serves all.
+    deadlines: VecDeque<(Instant, u64)>,
     /// Jobs in the order of their coming.
     order: u64,
     /// Those whose address has failed.
@@ -171,28 +173,15 @@ enum Reason {
 
 enum Event {
     /// Trials on the shared connection.
-    Tried {
-        address: String,
-        trials: Vec<(u64, Trial)>,
-        connection: Option<Arc<IsolatedConnection>>,
-    },
+    Tried { address: String, trials: Vec<(u64, Trial)>, connection: Option<Arc<IsolatedConnection>> },
     /// One alone.
-    TriedAlone {
-        key: u64,
-        trial: Trial,
-        own: Option<OwnChannel>,
-    },
+    TriedAlone { key: u64, trial: Trial, own: Option<OwnChannel> },
     /// What was not confirmed in time is.
-    Confirmed {
-        key: u64,
-        is_delivered: bool,
-        blocked: Option<String>,
-    },
+    Confirmed { key: u64, is_delivered: bool, blocked: Option<String> },
     /// The pause of an address is over.
     PauseOver(String),
     /// A connection may be there now for one to be alone on.
     TryAlone(u64),
-    Expired(u64),
 }
 
 /// How a trial went.
@@ -225,6 +214,7 @@ impl<'a> Quarantine<'a> {
             verdicts,
             places: usize::from(settings.prefetch / SHARE_OF_PREFETCH),
             jobs: BTreeMap::new(),
+            deadlines: VecDeque::new(),
             order: 0,
             failing: BTreeSet::new(),
             addresses: HashMap::new(),
@@ -242,6 +232,10 @@ impl<'a> Quarantine<'a> {
     pub(super) async fn run(mut self, mut suspects: mpsc::UnboundedReceiver<Suspect>) {
         loop {
             self.start_trials();
+            while self.deadlines.front().is_some_and(|(_, key)| !self.jobs.contains_key(key)) {
+                self.deadlines.pop_front();
+            }
+            let next = self.deadlines.front().map_or_else(Instant::now, |(deadline, _)| *deadline);
             tokio::select! {
                 biased;
                 suspect = suspects.recv() => match suspect {
@@ -249,6 +243,7 @@ impl<'a> Quarantine<'a> {
                     None => return,
                 },
                 Some(event) = self.events.next() => self.happened(event),
+                () = sleep_until(next), if self.deadlines.front().is_some() => self.expire(),
             }
             if self.jobs.is_empty() {
                 // Nothing keeps a connection open that nobody needs.
@@ -274,8 +269,7 @@ impl<'a> Quarantine<'a> {
         let job = Job { undelivered, order: self.order, is_looked_up_first, stays_alone: false, reason };
         let address = job.address();
         self.jobs.insert(key, job);
-        let (mut valve, limit) = (self.valve.clone(), self.limit);
-        self.events.push(async move { valve.overdue(limit).map(|()| Event::Expired(key)).await }.boxed());
+        self.deadlines.push_back((Instant::now() + self.limit, key));
         match cause {
             Cause::Unconfirmed(confirm) => {
                 self.listen(key, confirm, None);
@@ -356,6 +350,16 @@ impl<'a> Quarantine<'a> {
         }
         for key in places {
             self.occupy_place(key, reason);
+        }
+    }
+
+    /// The one that came first has waited for so long; for longer while RabbitMQ blocks.
+    fn expire(&mut self) {
+        let Some((_, key)) = self.deadlines.pop_front() else { return };
+        if self.valve.is_open() {
+            self.give_up(key, &format!("not delivered within {} s", self.limit.as_secs()));
+        } else {
+            self.deadlines.push_back((Instant::now() + self.limit, key));
         }
     }
 
@@ -459,7 +463,6 @@ impl<'a> Quarantine<'a> {
             }
             Event::PauseOver(address) => self.free(address),
             Event::TryAlone(key) => self.wait_to_be_alone(key),
-            Event::Expired(key) => self.give_up(key, &format!("not delivered within {} s", self.limit.as_secs())),
         }
     }
 
